@@ -7,6 +7,7 @@ table and answers from it, ``draw`` shows it.
 from __future__ import annotations
 
 from vfiomig.fsm.arcs import ARCS, Arc, arcs_of, matrix, next_state, path
+from vfiomig.fsm.draw import FORMATS, draw
 from vfiomig.fsm.states import (
     FULLY_RUNNING,
     LEGAL_SETS,
@@ -25,6 +26,7 @@ from vfiomig.fsm.states import (
 
 __all__ = (
     "ARCS",
+    "FORMATS",
     "FULLY_RUNNING",
     "LEGAL_SETS",
     "PRE_COPY_GROUP",
@@ -35,6 +37,7 @@ __all__ = (
     "State",
     "arcs_of",
     "capability_name",
+    "draw",
     "matrix",
     "next_state",
     "parse_capabilities",
