@@ -339,7 +339,7 @@ def _refusal(pid: int) -> MemoryRefused:
         scope = 0
     try:
         program_uid = _effective_uid(Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
-        proc_uid = Path(f"/proc/{pid}").stat().st_uid
+        proc_uid = Path(f"/proc/{pid}/maps").stat().st_uid
     except OSError:
         program_uid = proc_uid = -1
     return MemoryRefused(
@@ -366,7 +366,7 @@ def explain_refusal(
 ) -> str:
     """Say why the memory of ``pid`` is out of reach and what to do about it.
 
-    ``proc_uid`` owns /proc/PID; the kernel gives it to root when the program is not dumpable.
+    ``proc_uid`` owns the files in /proc/PID; of a program that is not dumpable that is root.
     """
     what = f"the memory of process {pid} cannot be reached: "
     if program_uid not in {own_uid, -1}:
