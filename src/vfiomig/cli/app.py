@@ -1,0 +1,144 @@
+"""The verbs of ``vfiomig``, their exit codes, and what a failure looks like.
+
+Theory of operation
+-------------------
+A verb is a row of ``VERBS``. Its module is imported when the verb is used or asked for help, so
+``vfiomig --help`` costs the same however many verbs there are. A verb is a function with typed
+keyword arguments, described by its docstring; it returns its exit code, ``None`` for 0.
+
+Exit codes: 0 done, 1 the answer is no, 2 usage or a target or machine that will not do, 70 a bug
+of ours, 128 + n for signal n. A verb may return others (``run`` passes on the program's).
+An error is one line on stderr. ``VFIOMIG_DEBUG=1`` shows the traceback and every log record.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from cyclopts import App, CycloptsError
+
+from vfiomig.errors import PrerequisiteError, SpecError, TargetError, VfioMigError
+from vfiomig.version import VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ("VERBS", "Verb", "application", "main")
+
+_DONE: Final = 0
+_NO: Final = 1
+_USAGE: Final = 2
+_BUG: Final = 70
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A verb: its name, where its function is, and what ``--help`` says."""
+
+    name: str
+    target: str
+    summary: str
+    examples: tuple[str, ...]
+
+
+VERBS: Final = (
+    Verb(
+        "draw",
+        "vfiomig.cli.draw:draw",
+        "Draw the state machine of a capability set.",
+        (
+            "vfiomig draw",
+            "vfiomig draw --caps stop-copy+p2p --format mermaid",
+            "vfiomig draw --json",
+        ),
+    ),
+)
+
+
+def application(verbs: Sequence[Verb] = VERBS) -> App:
+    """Build the command line from its table."""
+    app = App(
+        name="vfiomig",
+        help="VFIO live migration without the hardware.",
+        help_epilogue="vfiomig VERB --help shows a verb's options with examples.",
+        help_format="plaintext",
+        version=VERSION,
+        # Errors, exit codes and Ctrl-C are decided in main(), for cyclopts' and ours alike.
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+        result_action="return_value",
+    )
+    for verb in verbs:
+        app.command(
+            verb.target,
+            name=verb.name,
+            help=verb.summary,
+            help_epilogue="\n  ".join(("Examples:", *verb.examples)),
+        )
+    app.register_install_completion_command(
+        help="Install completion for the shell in use (bash, zsh or fish)."
+    )
+    return app
+
+
+def main(arguments: Sequence[str], verbs: Sequence[Verb] = VERBS) -> int:
+    """Run one command line and return its exit code; failures become one line on stderr."""
+    debug = os.environ.get("VFIOMIG_DEBUG") == "1"
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s"
+    )
+    try:
+        result: object = application(verbs)(arguments)
+        # A reader that went away is noticed here, not by the interpreter after its last line.
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:  # the edge of the program: nothing above it could say more
+        if debug:
+            raise
+        return _report(error)
+    return result if isinstance(result, int) else _DONE
+
+
+def _report(error: Exception) -> int:
+    """Say in one line what went wrong and return the exit code that goes with it."""
+    if isinstance(error, BrokenPipeError) and not isinstance(error, VfioMigError):
+        # Whatever else is written to stdout goes nowhere, so that the interpreter's own flush
+        # at exit has nothing to complain about.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    message, code = _explain(error)
+    print(f"vfiomig: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    match error:
+        case CycloptsError():
+            place = " ".join(("vfiomig", *(error.command_chain or ())))
+            return f"{error} (see {place} --help)", _USAGE
+        case SpecError() | TargetError() | PrerequisiteError():
+            return _text(error), _USAGE
+        case VfioMigError():
+            return _text(error), _NO
+        case OSError():
+            return _text(error), _USAGE
+        case _:
+            bug = f"{type(error).__name__}: {error}"
+            return f"this is a bug: {bug} (VFIOMIG_DEBUG=1 shows where; please report it)", _BUG
+
+
+def _text(error: Exception) -> str:
+    """Return the sentence of an error, an errno by its name and not by its number."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    name = errno.errorcode.get(error.errno, str(error.errno))
+    about = f"{error.filename}: " if error.filename else ""
+    return f"{about}{error.strerror} ({name})"
