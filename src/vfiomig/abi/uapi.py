@@ -24,6 +24,7 @@ import inspect
 from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 if TYPE_CHECKING:
+    from _ctypes import _CData
     from _ctypes import _PyCStructType as _StructMeta
     from collections.abc import Iterator
     from typing import Protocol, overload
@@ -65,6 +66,8 @@ if TYPE_CHECKING:
     s64 = _Int
     u8x3 = _Ints
     u64x6 = _Ints
+    # typeshed's Structure has a __getattr__ that would let every misspelt member pass.
+    _Structure = _CData
 else:
     u8 = ctypes.c_uint8
     u16 = ctypes.c_uint16
@@ -75,6 +78,7 @@ else:
     s64 = ctypes.c_int64
     u8x3 = u8 * 3
     u64x6 = u64 * 6
+    _Structure = ctypes.Structure
     _StructMeta = type(ctypes.Structure)
 
 
@@ -97,10 +101,10 @@ def _lay_out(struct: type[UapiStruct]) -> None:
     struct._fields_ = list(inspect.get_annotations(struct, eval_str=True).items())
     struct.SIZE = ctypes.sizeof(struct)
     words = (struct.__doc__ or "").split()
-    struct.c_name = words[1].rstrip(",.;") if words[:1] == ["struct"] else struct.__name__
+    struct.c_name = words[1].rstrip(",.:;") if words[:1] == ["struct"] else struct.__name__
 
 
-class UapiStruct(ctypes.Structure, metaclass=UapiStructMeta):
+class UapiStruct(_Structure, metaclass=UapiStructMeta):
     """Base of every struct that crosses into or out of the kernel."""
 
     if TYPE_CHECKING:
@@ -108,6 +112,9 @@ class UapiStruct(ctypes.Structure, metaclass=UapiStructMeta):
         SIZE: ClassVar[int]
         #: The tag of the C struct, from the docstring: ``vfio_device_feature_mig_state``.
         c_name: ClassVar[str]
+        _fields_: ClassVar[list[tuple[str, type[_CData]]]]
+
+        def __init__(self, **members: object) -> None: ...
 
     @classmethod
     def parse(cls, buffer: ReadableBuffer) -> Self:
