@@ -1,0 +1,125 @@
+"""BIND_IOMMUFD, ATTACH_IOMMUFD_PT and DETACH_IOMMUFD_PT: a device gets its memory.
+
+Order of checks: ``vfio_df_ioctl_bind_iommufd``, ``vfio_df_ioctl_attach_pt`` and
+``vfio_df_ioctl_detach_pt`` in the kernel; the structs are in include/uapi/linux/vfio.h.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from vfiomig.abi import vfio
+from vfiomig.core.iommufd import AttachedTable, BoundDevice, Iommufd, read_extensible
+
+if TYPE_CHECKING:
+    from vfiomig.core.caller import Caller
+    from vfiomig.core.vfio_device import VfioDeviceFile
+    from vfiomig.iommu import DmaPort
+
+__all__ = ("Binding", "attach_iommufd_pt", "bind_iommufd", "detach_iommufd_pt")
+
+
+class Binding:
+    """What ties one open of a device to an iommufd."""
+
+    def __init__(self, context: Iommufd, name: str) -> None:
+        self.context = context
+        self.devid = context.add(BoundDevice(name))
+        self._table: tuple[int, AttachedTable] | None = None
+
+    def attach(self, number: int, port: DmaPort) -> int:
+        """Let the device reach the IOAS ``number``; return the id of its page table."""
+        table = self.context.attach(number)
+        self.detach(port)
+        self._table = table
+        port.space = table[1].ioas.space
+        return table[0]
+
+    def detach(self, port: DmaPort) -> None:
+        port.space = None
+        if self._table is not None:
+            self.context.detach(*self._table)
+            self._table = None
+
+    def release(self, port: DmaPort) -> None:
+        self.detach(port)
+        self.context.discard(self.devid)
+
+
+def bind_iommufd(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
+    """Bind, once in the life of an open; from here on the device is in use."""
+    size = int.from_bytes(caller.read(arg, 4), "little")
+    struct = vfio.BindIommufd
+    argument = read_extensible(struct, struct.end_of("out_devid"), size, arg, caller)
+    assert isinstance(argument, vfio.BindIommufd)
+    # No device here asks for a token, and one that is not asked for is refused.
+    if argument.flags or argument.iommufd < 0:
+        raise OSError(errno.EINVAL, "flags, or no iommufd")
+    if file.binding is not None:
+        raise OSError(errno.EINVAL, "this open is bound already")
+    context = caller.iommufd(argument.iommufd)
+    others = file.device.users - int(file.in_use)
+    if others:
+        raise OSError(errno.EINVAL, "another open is bound")
+    newly = not file.in_use
+    if newly:
+        file.use()
+    file.binding = Binding(context, file.device.name)
+    try:
+        caller.write(arg + struct.out_devid.offset, file.binding.devid.to_bytes(4, "little"))
+    except OSError:
+        if newly:
+            file.release()
+        else:
+            file.binding.release(file.device.device.dma)
+            file.binding = None
+        raise
+    return 0
+
+
+def attach_iommufd_pt(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
+    """Attach to an IOAS, replacing what was attached; the page table's id is written back."""
+    struct = vfio.AttachIommufdPt
+    minsz = struct.end_of("pt_id")
+    argsz, flags, pt_id = _words(caller.read(arg, minsz))
+    if argsz < minsz or flags & ~vfio.VFIO_DEVICE_ATTACH_PASID:
+        raise OSError(errno.EINVAL, "argsz or flags")
+    _refuse_pasid(flags & vfio.VFIO_DEVICE_ATTACH_PASID, argsz, struct.SIZE)
+    binding = _bound(file)
+    port = file.device.device.dma
+    table = binding.attach(pt_id, port)
+    try:
+        caller.write(arg + struct.pt_id.offset, table.to_bytes(4, "little"))
+    except OSError:
+        binding.detach(port)
+        raise
+    return 0
+
+
+def detach_iommufd_pt(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
+    """Take the device's memory away; detaching twice is no error."""
+    struct = vfio.DetachIommufdPt
+    minsz = struct.end_of("flags")
+    argsz, flags = _words(caller.read(arg, minsz))
+    if argsz < minsz or flags & ~vfio.VFIO_DEVICE_DETACH_PASID:
+        raise OSError(errno.EINVAL, "argsz or flags")
+    _refuse_pasid(flags & vfio.VFIO_DEVICE_DETACH_PASID, argsz, struct.SIZE)
+    _bound(file).detach(file.device.device.dma)
+    return 0
+
+
+def _words(data: bytes) -> list[int]:
+    return [int.from_bytes(data[at : at + 4], "little") for at in range(0, len(data), 4)]
+
+
+def _refuse_pasid(asked: int, argsz: int, size: int) -> None:
+    if asked:
+        failure = errno.EINVAL if argsz < size else errno.EOPNOTSUPP
+        raise OSError(failure, "no device here has PASIDs")
+
+
+def _bound(file: VfioDeviceFile) -> Binding:
+    if file.binding is None:  # V6 only: there a device is used without it
+        raise OSError(errno.EINVAL, "the device has not been bound to an iommufd")
+    return file.binding

@@ -1,0 +1,45 @@
+"""Whoever makes a request: its memory, and its table of descriptors.
+
+A front door implements ``Caller`` once per request. Everything that ``core`` knows of the world
+outside goes through it, so the same code serves another process's system call and a function
+call in this one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vfiomig.core.iommufd import Iommufd
+    from vfiomig.core.transfer import Migf
+    from vfiomig.iommu import Memory
+
+__all__ = ("Caller",)
+
+
+class Caller(Protocol):
+    """The maker of one request. Every method may raise ``OSError`` with the caller's errno."""
+
+    def read(self, address: int, length: int) -> bytes:
+        """Read all of it; EFAULT if any byte cannot be read."""
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all of it; EFAULT if any byte cannot be written."""
+
+    def check(self, address: int, length: int, *, writable: bool) -> bool:
+        """Tell whether the whole range is mapped with that permission."""
+
+    def memory(self) -> Memory:
+        """Return the caller's memory for later: DMA outlives the request that mapped it."""
+
+    def return_fd(self, migf: Migf, address: int, render: Callable[[int], bytes]) -> None:
+        """Give the caller a new close-on-exec descriptor for ``migf``, and tell it the number.
+
+        ``render(number)`` is written to ``address``. As in the kernel either both happen or
+        neither: EMFILE leaves the caller's memory as it was, EFAULT gives the number back.
+        """
+
+    def iommufd(self, number: int) -> Iommufd:
+        """Find the iommufd behind a descriptor number: EBADF if it is not open, else EBADFD."""

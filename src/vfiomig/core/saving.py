@@ -1,0 +1,234 @@
+"""The saving session: what ``precopy`` and ``save`` yield, read through a data_fd.
+
+Theory of operation
+-------------------
+The author's iterables are walked one buffer at a time; what a read did not take of a buffer
+stays in ``_view`` for the next. Where the stream is: ``TEMPORARY_END`` after ``precopy`` said
+"nothing now" (ENOMSG, and the next read asks again), ``PERMANENT_END`` after ``save`` ended in
+STOP_COPY (0 for ever), ``MORE`` otherwise. A read that has bytes returns them first; an error or
+an end that it meets after them is for the next read. Rules: ``VFIO_MIG_GET_PRECOPY_INFO`` and
+``enum vfio_device_mig_state`` in include/uapi/linux/vfio.h; docs/protocol.md, sessions.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from vfiomig.core.transfer import Migf, Transfer
+from vfiomig.device import Buffer, PrecopyInfo
+from vfiomig.fsm import SessionKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+__all__ = ("SavingMigf",)
+
+EMPTY = memoryview(b"")
+
+
+class Position(Enum):
+    MORE = auto()
+    TEMPORARY_END = auto()
+    PERMANENT_END = auto()
+
+
+class Peek:
+    """A transfer of no bytes: makes the session's thread have the next buffer at hand."""
+
+    size = 0
+
+    def __init__(self, done: Callable[[], None]) -> None:
+        self._done = done
+
+    def move(self, view: memoryview, done: int) -> int:  # noqa: ARG002 - moves nothing
+        return 0
+
+    def finish(self, result: int) -> None:  # noqa: ARG002 - whatever came of it
+        self._done()
+
+
+class SavingMigf(Migf):
+    """A session of the saving group; it lives through PRE_COPY, PRE_COPY_P2P and STOP_COPY."""
+
+    kind = SessionKind.SAVING
+
+    def __init__(
+        self,
+        name: str,
+        source: Iterable[Buffer],
+        on_bug: Callable[[], None],
+        *,
+        precopy: bool,
+    ) -> None:
+        super().__init__(name, on_bug)
+        self._source: Iterator[Buffer] = iter(source)
+        self._precopy: Iterator[Buffer] | None = self._source if precopy else None
+        self._stop_copy = not precopy
+        self._initial = precopy  # what is at hand belongs to the initial data
+        self._initial_limit: int | None = None  # initial_bytes may only fall
+        self._view = EMPTY
+        self._position = Position.MORE
+        self._error = 0
+        self._active: Transfer | None = None
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._view) or self._position is not Position.TEMPORARY_END
+
+    def stop_copy(self, rest: Iterable[Buffer]) -> None:
+        """Enter STOP_COPY: what ``precopy`` still has, then ``rest``, then the permanent end."""
+        with self._condition:
+            self._source = iter(rest)
+            self._stop_copy = True
+            if self._position is not Position.MORE:
+                self._precopy = None
+            self._position = Position.MORE
+        self._changed()
+
+    def data_ready(self) -> None:
+        """Note that the device has more pre-copy data: pollers wake."""
+        with self._condition:
+            if self._position is Position.TEMPORARY_END:
+                self._position = Position.MORE
+        self._changed()
+
+    def account(self, rest: PrecopyInfo, *, look: bool, reinit_heard: bool) -> PrecopyInfo:
+        """Add what is at hand to ``rest``, the device's estimate of what it will yet yield.
+
+        With ``look`` there is no estimate: the next buffer is taken instead if none is at hand.
+        """
+        if look and not self._view:
+            looked = threading.Event()
+            self.submit(Peek(looked.set))
+            looked.wait()
+        with self._condition:
+            reinit = rest.reinit and reinit_heard
+            self._initial = self._initial or reinit
+            initial, dirty = rest.initial_bytes, rest.dirty_bytes
+            if self._initial:
+                initial += len(self._view)
+            else:
+                dirty += len(self._view)
+            if not reinit and self._initial_limit is not None and initial > self._initial_limit:
+                dirty += initial - self._initial_limit
+                initial = self._initial_limit
+            self._initial_limit = initial
+            return PrecopyInfo(initial, dirty, reinit)
+
+    def _at_once_locked(self, transfer: Transfer) -> int | None:
+        if self._queue or self._active is not None:
+            return None
+        if self._error:
+            return self._take_error_locked()
+        if self._view and 0 < transfer.size <= len(self._view):
+            return self._copy_locked(transfer, 0) or -errno.EFAULT
+        if self._position is Position.PERMANENT_END and not self._view:
+            return 0
+        return None
+
+    def _copy_locked(self, transfer: Transfer, done: int) -> int:
+        """Move what ``_view`` has for this transfer; return the bytes moved."""
+        size = min(len(self._view), transfer.size - done)
+        moved = transfer.move(self._view[:size], done)
+        self._view = self._view[moved:]
+        self.moved += moved
+        return moved
+
+    def _take_error_locked(self) -> int:
+        error, self._error = self._error, 0
+        self.dead = True  # it ends the session: what follows could not be put in its place
+        return -error
+
+    def _in_progress_locked(self) -> list[Transfer]:
+        active, self._active = self._active, None
+        return [active] if active is not None else []
+
+    def _run(self) -> None:
+        while (transfer := self._next_transfer()) is not None:
+            result = self._serve(transfer)
+            with self._condition:
+                if self._active is transfer:
+                    self._active = None
+                    transfer.finish(result)
+            self._changed()
+        with self._condition:
+            self._refuse_waiting_locked()  # an error may have ended the session, not end()
+        self._close_sources()
+
+    def _next_transfer(self) -> Transfer | None:
+        with self._condition:
+            self._condition.wait_for(lambda: self.dead or self._queue)
+            if self.dead:
+                return None
+            self._active = self._queue.popleft()
+            return self._active
+
+    def _serve(self, transfer: Transfer) -> int:
+        """Carry one transfer out as far as the stream goes now."""
+        done = 0
+        while True:
+            with self._condition:
+                if self._active is not transfer:
+                    return done  # the session ended: the caller has its answer
+                if self._view and done < transfer.size:
+                    wanted = min(len(self._view), transfer.size - done)
+                    moved = self._copy_locked(transfer, done)
+                    done += moved
+                    if moved < wanted:
+                        return done or -errno.EFAULT
+                if (done and done == transfer.size) or (self._view and not transfer.size):
+                    return done
+                if self._error:
+                    return done or self._take_error_locked()
+            if not self._advance():
+                break
+        if done or self._position is Position.PERMANENT_END:
+            return done
+        if self._position is Position.TEMPORARY_END:
+            return -errno.ENOMSG
+        with self._condition:
+            return self._take_error_locked()
+
+    def _advance(self) -> bool:
+        """Run the author's code for the next buffer; ``False`` at an end or after an error."""
+        precopy = self._precopy
+        try:
+            view = memoryview(next(precopy if precopy is not None else self._source)).cast("B")
+        except StopIteration:
+            return self._source_ended(precopy)
+        except Exception as problem:  # noqa: BLE001 - hook boundary: any other is the author's bug
+            self._error = self._errno_of(problem, "save" if precopy is None else "precopy")
+            return False
+        if view:
+            self._view = view
+            self._position = Position.MORE
+            return True
+        return precopy is None or self._source_ended(precopy, empty=True)
+
+    def _source_ended(self, precopy: Iterator[Buffer] | None, *, empty: bool = False) -> bool:
+        with self._condition:
+            if precopy is None:
+                self._position = Position.PERMANENT_END
+                return False
+            if self._stop_copy:
+                self._precopy = None  # on to save()
+                return True
+            self._position = Position.TEMPORARY_END
+            self._initial = False
+            if not empty:
+                self._precopy = iter(())
+            return False
+
+    def _close_sources(self) -> None:
+        """Let generators run their ``finally`` blocks in the thread that ran them."""
+        for source in (self._precopy, self._source):
+            close = getattr(source, "close", None)
+            if close is None:
+                continue
+            try:
+                close()
+            except Exception as problem:  # noqa: BLE001 - hook boundary
+                self._errno_of(problem, "save")

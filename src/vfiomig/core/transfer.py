@@ -1,0 +1,156 @@
+"""What every data transfer session has in common, and one read or write on its way through it.
+
+Theory of operation
+-------------------
+A ``Migf`` is the object behind a data_fd. Its bytes come from, or go to, code of the device's
+author that may block, so that code runs in a thread of the session, and whoever reads or writes
+hands in a ``Transfer``. A transfer that needs no code of the author (the bytes are there, or the
+buffer to fill is) is done at once, in the caller's own thread; any other waits in a queue for the
+session's thread. When the session ends, every waiting transfer is answered with ENODEV at once,
+whatever the author's code is doing: that is how a blocked reader wakes.
+
+``finish`` is called exactly once for each transfer, by whichever thread gets there, under
+``_condition``; it must not call back into the session. Bytes are moved under that lock as well,
+so that nothing is written into a caller's buffer after the caller was told that it is over.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from vfiomig.errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vfiomig.fsm import SessionKind
+
+__all__ = ("JOIN_SECONDS", "Migf", "SessionAborted", "Transfer")
+
+log = logging.getLogger("vfiomig.core")
+
+#: How long the end of a session waits for the author's code to notice. It goes on without it
+#: after that: the descriptor is dead already, and the thread ends when the code returns.
+JOIN_SECONDS = 2.0
+
+
+class SessionAborted(DeviceError):
+    """What a session's own code sees in ``StateReader`` when its session is over."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENODEV, "the data transfer session is over")
+
+
+class Transfer(Protocol):
+    """One read or write of a data_fd."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that the caller offers or wants."""
+
+    def move(self, view: memoryview, done: int) -> int:
+        """Copy between ``view`` and the caller's bytes from ``done`` on; return how many.
+
+        Fewer than ``view`` holds means that the caller's memory faulted there.
+        """
+
+    def finish(self, result: int) -> None:
+        """Answer the caller: a byte count, or a negative errno."""
+
+
+class Migf(ABC):
+    """One data transfer session, from the arc that opened it to the arc that ends it."""
+
+    kind: SessionKind
+
+    def __init__(self, name: str, on_bug: Callable[[], None]) -> None:
+        """``name`` is for logs; ``on_bug`` is called when the author's code has one."""
+        self.name = name
+        self.dead = False
+        self.moved = 0  # bytes, for accounts
+        self._on_bug = on_bug
+        self._condition = threading.Condition(threading.Lock())
+        self._queue: deque[Transfer] = deque()
+        self._thread: threading.Thread | None = None
+        self._watchers: list[Callable[[], None]] = []
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` whenever ``ready`` or ``dead`` may have changed."""
+        self._watchers.append(callback)
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether poll() reports the data_fd readable (saving) or writable (resuming)."""
+
+    def submit(self, transfer: Transfer) -> None:
+        """Take a read or write; ``transfer.finish`` is called now or later."""
+        with self._condition:
+            result = -errno.ENODEV if self.dead else self._at_once_locked(transfer)
+            if result is None:
+                self._queue.append(transfer)
+                self._wake_locked()
+                return
+            transfer.finish(result)
+
+    def end(self) -> None:
+        """End the session: waiting and later transfers get ENODEV. Safe to call twice."""
+        with self._condition:
+            self.dead = True
+            self._refuse_waiting_locked()
+            self._condition.notify_all()
+        self._changed()
+
+    def join(self) -> None:
+        """After the end: wait for the author's code to be out of the session."""
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return
+        thread.join(JOIN_SECONDS)
+        if thread.is_alive():
+            log.warning("%s: a session is over, but its hook has not returned yet", self.name)
+
+    def _refuse_waiting_locked(self) -> None:
+        for transfer in (*self._in_progress_locked(), *self._queue):
+            transfer.finish(-errno.ENODEV)
+        self._queue.clear()
+
+    @abstractmethod
+    def _at_once_locked(self, transfer: Transfer) -> int | None:
+        """Do the transfer without the author's code; ``None`` if that is not possible."""
+
+    @abstractmethod
+    def _in_progress_locked(self) -> list[Transfer]:
+        """Give up the transfers that the session's thread is at, for the end to answer."""
+
+    @abstractmethod
+    def _run(self) -> None:
+        """Body of the session's thread."""
+
+    def _wake_locked(self) -> None:
+        """See that the session's thread runs and looks at the queue."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, name=f"vfiomig-{self.name}-{self.kind.name.lower()}", daemon=True
+            )
+            self._thread.start()
+        self._condition.notify_all()
+
+    def _changed(self) -> None:
+        for callback in self._watchers:
+            callback()
+
+    def _errno_of(self, problem: Exception, hook: str) -> int:
+        """The errno that an exception out of the author's code means for the caller."""
+        if isinstance(problem, DeviceError):
+            if problem.fatal:
+                self._on_bug()
+            return problem.errno or errno.EIO
+        log.error("%s: %s() raised; the device goes to ERROR", self.name, hook, exc_info=problem)
+        self._on_bug()
+        return errno.EIO

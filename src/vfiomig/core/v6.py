@@ -1,0 +1,49 @@
+"""VFIO_DEVICE_MIG_SET_STATE, the seed's own request.
+
+Order of checks and the write-back are those of "vfio: Define device migration protocol v2":
+wrong argsz and flags are EOPNOTSUPP, the state reached is written back after a failure, and
+EOPNOTSUPP, ENOTTY and EFAULT always mean that no state was written, so a driver's own use of
+them is turned into EINVAL. docs/protocol.md, "V6".
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from vfiomig.abi import vfio
+
+if TYPE_CHECKING:
+    from vfiomig.core.caller import Caller
+    from vfiomig.core.vfio_device import VfioDevice
+
+__all__ = ("mig_set_state",)
+
+#: What a driver may not say: the core alone does.
+RESERVED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EFAULT)
+
+
+def mig_set_state(device: VfioDevice, arg: int, caller: Caller) -> int:
+    """Answer the request; raise ``OSError`` with its errno."""
+    if not device.capabilities:
+        raise OSError(errno.EOPNOTSUPP, "the device cannot migrate")
+    argument = vfio.MigSetState.parse(caller.read(arg, vfio.MigSetState.SIZE))
+    if argument.argsz < vfio.MigSetState.SIZE or argument.flags:
+        raise OSError(errno.EOPNOTSUPP, "argsz or flags")
+    outcome = device.migration.set_state(argument.device_state)
+    argument.device_state = int(outcome.final_state or vfio.VFIO_DEVICE_STATE_ERROR)
+    argument.data_fd = -1
+    if outcome.migf is not None:
+
+        def render(number: int) -> bytes:
+            argument.data_fd = number
+            return bytes(argument)
+
+        # Only EMFILE writes nothing; the device is in its new state all the same.
+        caller.return_fd(outcome.migf, arg, render)
+        return 0
+    caller.write(arg, bytes(argument))
+    if outcome.errno:
+        failure = errno.EINVAL if outcome.errno in RESERVED else outcome.errno
+        raise OSError(failure, "the state was not reached")
+    return 0

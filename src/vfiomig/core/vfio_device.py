@@ -1,0 +1,167 @@
+"""A device as programs open it: the device itself, and each open of it.
+
+Theory of operation
+-------------------
+``VfioDevice`` is there as long as it is served; ``VfioDeviceFile`` is one open file description
+of /dev/vfio/devices/vfioN. In the landed dialect an open is bound to an iommufd before anything
+else, one open at a time, and the device is in use from BIND to the last close of that open. V6
+knows no BIND: there the device is in use while any open exists, and binding is only allowed.
+See ``vfio_device_fops_cdev_open`` and ``vfio_df_ioctl_bind_iommufd`` in the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+from vfiomig.abi import vfio
+from vfiomig.abi.ioctls import Dialect, FdKind, find
+from vfiomig.core import bind, info, precopy, v6
+from vfiomig.core.caller import Caller
+from vfiomig.core.feature import device_feature
+from vfiomig.core.migration import Migration
+from vfiomig.fsm import Capability
+from vfiomig.iommu import DirtyLog, DmaPort
+
+if TYPE_CHECKING:
+    from vfiomig.core.transfer import Migf
+    from vfiomig.device import Device
+
+__all__ = ("VfioDevice", "VfioDeviceFile")
+
+Handler: TypeAlias = Callable[["VfioDeviceFile", int, Caller], int]
+
+
+class VfioDevice:
+    """One served device."""
+
+    def __init__(
+        self, device: Device, name: str = "vfio0", dialect: Dialect = Dialect.LANDED
+    ) -> None:
+        device.check_capabilities(device.capabilities)
+        self.device = device
+        self.name = name
+        self.dialect = dialect
+        #: What the device can; V6 shows the seed's five states of it.
+        self.capabilities = device.capabilities
+        shown = Capability.STOP_COPY if dialect is Dialect.V6 else device.capabilities
+        self.migration = Migration(device, name, shown & device.capabilities)
+        self.dirty_log: DirtyLog | None = None
+        self.users = 0
+        #: Held while opens come and go; never while an arc is taken on their behalf.
+        self.open_lock = threading.Lock()
+        device.dma = DmaPort()
+
+    def open(self) -> VfioDeviceFile:
+        """Open the device once more.
+
+        Raises:
+            OSError: what the device's ``start`` refused with (V6; otherwise BIND meets it).
+        """
+        file = VfioDeviceFile(self)
+        if self.dialect is Dialect.V6:
+            file.use()
+        return file
+
+    def set_dirty_log(self, log: DirtyLog | None) -> None:
+        """Start or end DMA logging."""
+        self.dirty_log = log
+        self.device.dma.logs = () if log is None else (log,)
+
+    def data_ioctl(self, migf: Migf, number: int, arg: int, caller: Caller) -> int:
+        """Answer a request on a data_fd of this device."""
+        return precopy.data_ioctl(self, migf, number, arg, caller)
+
+
+class VfioDeviceFile:
+    """One open of a device. ``release`` is for its last close."""
+
+    def __init__(self, device: VfioDevice) -> None:
+        self.device = device
+        self.binding: bind.Binding | None = None
+        self.in_use = False
+
+    @property
+    def accessible(self) -> bool:
+        """Whether requests other than BIND are answered."""
+        return self.in_use
+
+    def ioctl(self, number: int, arg: int, caller: Caller) -> int:
+        """Answer a request; raise ``OSError`` with its errno."""
+        if number != vfio.VFIO_DEVICE_BIND_IOMMUFD and not self.in_use:
+            raise OSError(errno.EINVAL, "the device has not been bound to an iommufd")
+        row = find(FdKind.DEVICE, number, self.device.dialect)
+        handler = SERVED.get(row.name) if row is not None else None
+        if handler is None:
+            raise OSError(errno.ENOTTY, "no request of a device")
+        return handler(self, arg, caller)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Read from the region that ``offset`` lies in; fewer bytes at its end."""
+        self._require_access()
+        return info.read_region(self.device.device, offset, length)
+
+    def pwrite(self, offset: int, data: bytes) -> int:
+        """Write to the region that ``offset`` lies in; return how many bytes it took."""
+        self._require_access()
+        return info.write_region(self.device.device, offset, data)
+
+    def _require_access(self) -> None:
+        if not self.in_use:
+            raise OSError(errno.EINVAL, "the device has not been bound to an iommufd")
+
+    def use(self) -> None:
+        """Count as a user of the device; the first one starts it."""
+        device = self.device
+        with device.open_lock:
+            if not device.users:
+                failure = device.migration.first_open()
+                if failure:
+                    raise OSError(failure, f"{device.name} does not start")
+            device.users += 1
+            self.in_use = True
+
+    def release(self) -> None:
+        """Last close: what this open held is given up, and the device with the last user."""
+        if self.binding is not None:
+            self.binding.release(self.device.device.dma)
+            self.binding = None
+        device = self.device
+        with device.open_lock:
+            if not self.in_use:
+                return
+            self.in_use = False
+            device.users -= 1
+            if not device.users:
+                device.set_dirty_log(None)
+                device.migration.last_close()
+
+
+def _feature(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
+    return device_feature(file.device, arg, caller)
+
+
+def _mig_set_state(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
+    return v6.mig_set_state(file.device, arg, caller)
+
+
+def _reset(file: VfioDeviceFile, arg: int, caller: Caller) -> int:  # noqa: ARG001 - no argument
+    failure = file.device.migration.reset()
+    if failure:
+        raise OSError(failure, "the device did not reset")
+    return 0
+
+
+SERVED: dict[str, Handler] = {
+    "VFIO_DEVICE_BIND_IOMMUFD": bind.bind_iommufd,
+    "VFIO_DEVICE_ATTACH_IOMMUFD_PT": bind.attach_iommufd_pt,
+    "VFIO_DEVICE_DETACH_IOMMUFD_PT": bind.detach_iommufd_pt,
+    "VFIO_DEVICE_GET_INFO": info.device_get_info,
+    "VFIO_DEVICE_GET_REGION_INFO": info.device_get_region_info,
+    "VFIO_DEVICE_GET_IRQ_INFO": info.device_get_irq_info,
+    "VFIO_DEVICE_RESET": _reset,
+    "VFIO_DEVICE_FEATURE": _feature,
+    "VFIO_DEVICE_MIG_SET_STATE": _mig_set_state,
+}
