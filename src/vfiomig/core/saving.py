@@ -72,6 +72,7 @@ class SavingMigf(Migf):
         self._view = EMPTY
         self._position = Position.MORE
         self._error = 0
+        self._end_due = False  # a read met the temporary end behind its bytes: the next tells
         self._active: Transfer | None = None
 
     @property
@@ -86,6 +87,7 @@ class SavingMigf(Migf):
             if self._position is not Position.MORE:
                 self._precopy = None
             self._position = Position.MORE
+            self._end_due = False
         self._changed()
 
     def data_ready(self) -> None:
@@ -93,6 +95,7 @@ class SavingMigf(Migf):
         with self._condition:
             if self._position is Position.TEMPORARY_END:
                 self._position = Position.MORE
+                self._end_due = False
         self._changed()
 
     def account(self, rest: PrecopyInfo, *, look: bool, reinit_heard: bool) -> PrecopyInfo:
@@ -123,6 +126,9 @@ class SavingMigf(Migf):
             return None
         if self._error:
             return self._take_error_locked()
+        if self._end_due and transfer.size:
+            self._end_due = False
+            return -errno.ENOMSG
         if self._view and 0 < transfer.size <= len(self._view):
             return self._copy_locked(transfer, 0) or -errno.EFAULT
         if self._position is Position.PERMANENT_END and not self._view:
@@ -186,6 +192,7 @@ class SavingMigf(Migf):
             if not self._advance():
                 break
         if done or self._position is Position.PERMANENT_END:
+            self._end_due = self._position is Position.TEMPORARY_END
             return done
         if self._position is Position.TEMPORARY_END:
             return -errno.ENOMSG
@@ -205,6 +212,7 @@ class SavingMigf(Migf):
         if view:
             self._view = view
             self._position = Position.MORE
+            self._end_due = False
             return True
         return precopy is None or self._source_ended(precopy, empty=True)
 
