@@ -64,6 +64,7 @@ def bind_iommufd(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
         raise OSError(errno.EINVAL, "another open is bound")
     newly = not file.in_use
     if newly:
+        caller.blocks()
         file.use()
     file.binding = Binding(context, file.device.name)
     try:

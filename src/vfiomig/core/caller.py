@@ -34,6 +34,9 @@ class Caller(Protocol):
     def memory(self) -> Memory:
         """Return the caller's memory for later: DMA outlives the request that mapped it."""
 
+    def blocks(self) -> None:
+        """Note that the request may take long from here on: it waits, or runs a device's hook."""
+
     def return_fd(self, migf: Migf, address: int, render: Callable[[int], bytes]) -> None:
         """Give the caller a new close-on-exec descriptor for ``migf``, and tell it the number.
 

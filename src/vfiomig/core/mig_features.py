@@ -49,9 +49,10 @@ def device_state(device: VfioDevice, operation: int, payload: int, caller: Calle
     argument = vfio.MigState.parse(caller.read(payload, vfio.MigState.SIZE))
     argument.data_fd = -1
     if operation == vfio.VFIO_DEVICE_FEATURE_GET:
-        argument.device_state = device.migration.state()
+        argument.device_state = device.migration.state(caller.blocks)
         caller.write(payload, bytes(argument))
         return
+    caller.blocks()
     outcome = device.migration.set_state(argument.device_state)
     if outcome.migf is not None:
 
@@ -70,6 +71,7 @@ def device_state(device: VfioDevice, operation: int, payload: int, caller: Calle
 
 
 def data_size(device: VfioDevice, operation: int, payload: int, caller: Caller) -> None:  # noqa: ARG001 - GET only
+    caller.blocks()
     caller.write(payload, device.migration.state_size().to_bytes(8, "little"))
 
 

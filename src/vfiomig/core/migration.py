@@ -95,18 +95,15 @@ class Migration:
 
     # What callers ask.
 
-    def state(self) -> State:
-        """Return the state, after any arc that is under way."""
-        self._state_lock.acquire()
+    def state(self, blocks: Callable[[], None] = lambda: None) -> State:
+        """Return the state, after any arc that is under way; ``blocks`` is called before a wait."""
+        if not self._state_lock.acquire(blocking=False):
+            blocks()
+            self._state_lock.acquire()
         try:
             return self._state
         finally:
             self._unlock()
-
-    @property
-    def busy(self) -> bool:
-        """An arc is under way: a request for the state would wait."""
-        return self._state_lock.locked()
 
     def set_state(self, requested: int) -> Outcome:
         """Carry out a request for a state, as far as it goes."""

@@ -35,6 +35,7 @@ def data_ioctl(device: VfioDevice, migf: Migf, number: int, arg: int, caller: Ca
     argument = vfio.PrecopyInfo.parse(caller.read(arg, vfio.PrecopyInfo.SIZE))
     if argument.argsz < vfio.PrecopyInfo.SIZE:
         raise OSError(errno.EINVAL, f"argsz is {argument.argsz}: too small")
+    caller.blocks()
     info = device.migration.while_in_precopy(lambda: precopy_info(device.migration, migf))
     if device.migration.precopy_v2:
         argument.flags = vfio.VFIO_PRECOPY_INFO_REINIT if info.reinit else 0

@@ -84,6 +84,15 @@ class ResumingMigf(Migf):
         self.moved += moved
         return moved
 
+    def _give_up_locked(self, transfer: Transfer) -> int | None:
+        if transfer not in self._queue:
+            return None
+        moved = 0
+        if transfer is self._queue[0]:
+            moved, self._partial = self._partial, 0
+        self._queue.remove(transfer)
+        return moved
+
     def _in_progress_locked(self) -> list[Transfer]:
         held, self._held = self._held, None
         return [held] if held is not None else []

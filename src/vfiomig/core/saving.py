@@ -74,6 +74,7 @@ class SavingMigf(Migf):
         self._error = 0
         self._end_due = False  # a read met the temporary end behind its bytes: the next tells
         self._active: Transfer | None = None
+        self._active_done = 0  # bytes that it has moved
 
     @property
     def ready(self) -> bool:
@@ -148,6 +149,15 @@ class SavingMigf(Migf):
         self.dead = True  # it ends the session: what follows could not be put in its place
         return -error
 
+    def _give_up_locked(self, transfer: Transfer) -> int | None:
+        if transfer is self._active:
+            self._active = None
+            return self._active_done
+        if transfer in self._queue:
+            self._queue.remove(transfer)
+            return 0
+        return None
+
     def _in_progress_locked(self) -> list[Transfer]:
         active, self._active = self._active, None
         return [active] if active is not None else []
@@ -170,6 +180,7 @@ class SavingMigf(Migf):
             if self.dead:
                 return None
             self._active = self._queue.popleft()
+            self._active_done = 0
             return self._active
 
     def _serve(self, transfer: Transfer) -> int:
@@ -183,6 +194,7 @@ class SavingMigf(Migf):
                     wanted = min(len(self._view), transfer.size - done)
                     moved = self._copy_locked(transfer, done)
                     done += moved
+                    self._active_done = done
                     if moved < wanted:
                         return done or -errno.EFAULT
                 if (done and done == transfer.size) or (self._view and not transfer.size):

@@ -98,6 +98,18 @@ class Migf(ABC):
                 return
             transfer.finish(result)
 
+    def withdraw(self, transfer: Transfer) -> bool:
+        """Answer a waiting transfer now with what it has moved, EINTR if that is nothing.
+
+        ``False`` if it has its answer already, or its bytes are with the author's code.
+        """
+        with self._condition:
+            moved = self._give_up_locked(transfer)
+            if moved is None:
+                return False
+            transfer.finish(moved or -errno.EINTR)
+            return True
+
     def end(self) -> None:
         """End the session: waiting and later transfers get ENODEV. Safe to call twice."""
         with self._condition:
@@ -123,6 +135,10 @@ class Migf(ABC):
     @abstractmethod
     def _at_once_locked(self, transfer: Transfer) -> int | None:
         """Do the transfer without the author's code; ``None`` if that is not possible."""
+
+    @abstractmethod
+    def _give_up_locked(self, transfer: Transfer) -> int | None:
+        """Forget a transfer that is not finished; return the bytes moved, ``None`` if not held."""
 
     @abstractmethod
     def _in_progress_locked(self) -> list[Transfer]:

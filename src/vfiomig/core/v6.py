@@ -30,6 +30,7 @@ def mig_set_state(device: VfioDevice, arg: int, caller: Caller) -> int:
     argument = vfio.MigSetState.parse(caller.read(arg, vfio.MigSetState.SIZE))
     if argument.argsz < vfio.MigSetState.SIZE or argument.flags:
         raise OSError(errno.EOPNOTSUPP, "argsz or flags")
+    caller.blocks()
     outcome = device.migration.set_state(argument.device_state)
     argument.device_state = int(outcome.final_state or vfio.VFIO_DEVICE_STATE_ERROR)
     argument.data_fd = -1

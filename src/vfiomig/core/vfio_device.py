@@ -148,6 +148,7 @@ def _mig_set_state(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
 
 
 def _reset(file: VfioDeviceFile, arg: int, caller: Caller) -> int:  # noqa: ARG001 - no argument
+    caller.blocks()
     failure = file.device.migration.reset()
     if failure:
         raise OSError(failure, "the device did not reset")
