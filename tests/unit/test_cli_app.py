@@ -43,10 +43,10 @@ def interrupted():
 """
 
 
-def vfiomig(*arguments: str) -> subprocess.CompletedProcess[str]:
+def vfiomig(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *arguments],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,
         timeout=30,
@@ -217,10 +217,10 @@ def test_version() -> None:
     assert (done.returncode, done.stdout) == (0, f"{VERSION}\n")
 
 
-def test_completion_is_written_for_the_shell_that_is_named(tmp_path: Path) -> None:
-    script = tmp_path / "completion"
-    done = vfiomig("--install-completion", "--shell", "fish", "--output", str(script))
+def test_completion_is_installed_for_the_shell_that_is_named(tmp_path: Path) -> None:
+    done = vfiomig("--install-completion", "--shell", "bash", HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
+    (script,) = (tmp_path / ".local").rglob("vfiomig")
     assert "draw" in script.read_text()
 
 

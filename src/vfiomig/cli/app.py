@@ -83,7 +83,7 @@ def application(verbs: Sequence[Verb] = VERBS) -> App:
             help_epilogue="\n  ".join(("Examples:", *verb.examples)),
         )
     app.register_install_completion_command(
-        help="Install completion for the shell in use (bash, zsh or fish)."
+        help="Install completion for bash, zsh or fish and load it in the shell's start file."
     )
     return app
 
