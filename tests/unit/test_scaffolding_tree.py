@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 REGISTRIES = re.compile(
     r"\b(pypi\.org|pythonhosted\.org|npmjs\.(org|com)|crates\.io|proxy\.golang\.org"
     r"|(deb|security|snapshot|archive|ftp(\.\w+)?)\.(debian|ubuntu)\.(org|com))\b"
-    r"|--(extra-)?index-url|--find-links"
+    r"|--(extra-)?index-url|--find-(links)"
 )
 MACHINE_PATHS = re.compile(r"(?<![\w.$}*-])/(work|root|opt|home/\w+|mnt/\w+)/\w")
 
