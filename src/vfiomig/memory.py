@@ -67,7 +67,7 @@ _ONE = ctypes.c_ulong(1)
 _NO_FLAGS = ctypes.c_ulong(0)
 
 
-class MemoryFault(VfioMigError, OSError):  # noqa: N818 - the kernel calls it a fault
+class MemoryFault(VfioMigError, OSError):
     """Bytes that the request named cannot be touched: EFAULT."""
 
     def __init__(self, address: int, length: int) -> None:
@@ -78,7 +78,7 @@ class MemoryFault(VfioMigError, OSError):  # noqa: N818 - the kernel calls it a 
         self.length = length
 
 
-class ProcessGone(VfioMigError, ProcessLookupError):  # noqa: N818 - an end, not a mistake
+class ProcessGone(VfioMigError, ProcessLookupError):
     """The process ended, or this thread of it: nobody is left to answer."""
 
     def __init__(self, pid: int) -> None:
@@ -86,7 +86,7 @@ class ProcessGone(VfioMigError, ProcessLookupError):  # noqa: N818 - an end, not
         self.pid = pid
 
 
-class MemoryRefused(PrerequisiteError):  # noqa: N818 - as StateRejected
+class MemoryRefused(PrerequisiteError):
     """The kernel's access rules keep this process out of the other one's memory."""
 
 
