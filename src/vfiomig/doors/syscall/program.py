@@ -1,0 +1,164 @@
+"""A running program under a filter: its end, its signals, its orphans."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vfiomig.descriptors import poll_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType, TracebackType
+    from typing import Self
+
+    from vfiomig.descriptors import Fd
+    from vfiomig.doors.syscall.notify import Listener
+
+__all__ = ("Program", "relaying_signals")
+
+REAP_INTERVAL = 1.0
+
+# Programs of this process that are not collected yet: no other may take them for its orphans.
+_uncollected: set[int] = set()
+
+
+class Program:
+    """A program started by :func:`vfiomig.doors.syscall.launch.launch`; its owner closes it."""
+
+    def __init__(self, pid: int, pidfd: Fd, listener: Listener) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.listener = listener
+        #: 128 + n if signal n ended it; ``None`` until :meth:`wait` has seen the end.
+        self.exit_code: int | None = None
+        self._collecting = threading.Lock()
+        _uncollected.add(pid)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def wait(self, deadline: float | None = None) -> int:
+        """Wait for the program's end and return its exit code.
+
+        Its descendants may live on; the listener's receiver ends with the last of them.
+
+        Raises:
+            TimeoutError: ``deadline`` (monotonic) came first; the program goes on.
+
+        """
+        while True:
+            pause = time.monotonic() + REAP_INTERVAL
+            if poll_until(
+                self.pidfd, select.POLLIN, pause if deadline is None else min(pause, deadline)
+            ):
+                break
+            self.reap_orphans()
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"process {self.pid} still runs")
+        with self._collecting:
+            if self.exit_code is None:
+                _, status = os.waitpid(self.pid, 0)
+                code = os.waitstatus_to_exitcode(status)
+                self.exit_code = code if code >= 0 else 128 - code
+                _uncollected.discard(self.pid)
+        self.reap_orphans()
+        return self.exit_code
+
+    def send_signal(self, number: int) -> bool:
+        """Send a signal; ``False`` if the program has ended."""
+        try:
+            signal.pidfd_send_signal(self.pidfd.fileno(), number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Kill the program if it still runs, collect it, and give the listener up.
+
+        Descendants that live on get ENOSYS for every call that the filter stops. Close after
+        the receivers have ended, or they would use a listener of somebody else.
+        """
+        if self.pidfd.closed:
+            return
+        if self.exit_code is None:
+            self.send_signal(signal.SIGKILL)
+            self.wait()
+        self.listener.close()
+        self.pidfd.close()
+
+    def reap_orphans(self) -> int:
+        """Collect ended descendants that were left to this process; return how many.
+
+        This process may have other children, which belong to others: ours are those with more
+        seccomp filters than this process has.
+        """
+        own_filters = _status_number("self", "Seccomp_filters")
+        reaped = 0
+        for pid in _children():
+            if pid in _uncollected or _status_number(pid, "Seccomp_filters") <= own_filters:
+                continue
+            with suppress(ChildProcessError):
+                reaped += os.waitpid(pid, os.WNOHANG)[0] == pid
+        return reaped
+
+
+@contextmanager
+def relaying_signals(program: Program) -> Iterator[None]:
+    """Let ``program`` decide about signals while it runs; for the main thread.
+
+    The terminal sends SIGINT and SIGQUIT to the program as well: here they do nothing. SIGTERM
+    and SIGHUP, sent to this process alone, are passed on. What is ignored stays ignored.
+    """
+
+    def ignore(_number: int, _frame: FrameType | None) -> None:
+        pass
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        program.send_signal(number)
+
+    handlers = {
+        signal.SIGINT: ignore,
+        signal.SIGQUIT: ignore,
+        signal.SIGTERM: pass_on,
+        signal.SIGHUP: pass_on,
+    }
+    before = {}
+    try:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _children() -> Iterator[int]:
+    """Children of this process, whichever of its threads they are listed under."""
+    for listing in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # a thread that just ended
+            yield from map(int, listing.read_text(encoding="ascii").split())
+
+
+def _status_number(pid: int | str, name: str) -> int:
+    """A number in /proc/PID/status, -1 if the process or the line is not there."""
+    with suppress(OSError), Path(f"/proc/{pid}/status").open(encoding="utf-8") as status:
+        for line in status:
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1])
+    return -1
