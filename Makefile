@@ -49,7 +49,7 @@ lock: .venv/.installed-lock ## write requirements/ anew after a change of pyproj
 
 clean: ## remove what building and testing left
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage bench/results
-	@find src tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well
 	@rm -rf .venv
