@@ -12,8 +12,9 @@ and the answer tells by ``False`` that whatever the call did must be undone.
 
 Nothing stops a receiver that waits but the end of the program and all its descendants. A poll
 before each receive would make it interruptible, at the price of one system call more for every
-call served (0.8 us of 9), so it is not made. To end a receiver, end the program. Kernels before
-6.11 leave a receiver asleep when the program ends; there the poll is needed.
+call served (an eighth of its time, bench/bare_loop.py), so it is not made. To end a receiver,
+end the program. Kernels before 6.11 leave a receiver asleep when the program ends; there the
+poll is needed.
 
 With SYNC_WAKE_UP (Linux 6.6) program and receiver take turns on one CPU instead of waking each
 other across CPUs, which is five to ten times faster.
