@@ -49,6 +49,16 @@ class Verb:
 
 VERBS: Final = (
     Verb(
+        "run",
+        "vfiomig.cli.run:run",
+        "Run a program with VFIO devices written in Python.",
+        (
+            "vfiomig run --device pattern -- ls -l /dev/vfio/devices",
+            "vfiomig run --device pattern,size=1G --device pattern,size=1G -- ./my-vmm",
+            "vfiomig run --device counter --trace - -- ./my-client {dev0} {iommu}",
+        ),
+    ),
+    Verb(
         "draw",
         "vfiomig.cli.draw:draw",
         "Draw the state machine of a capability set.",

@@ -1,0 +1,74 @@
+"""``vfiomig run``: a program and the devices that it finds."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from vfiomig.abi.ioctls import Dialect
+from vfiomig.core.vfio_device import VfioDevice
+from vfiomig.doors.syscall.launch import LaunchError
+from vfiomig.doors.syscall.run import run as run_program
+from vfiomig.doors.syscall.trace import Trace
+from vfiomig.errors import DoorError, SpecError
+from vfiomig.models import make
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ("run",)
+
+
+def run(
+    *program: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    device: list[str],
+    dialect: Dialect = Dialect.LANDED,
+    filter: Literal["exact", "fast"] = "exact",  # noqa: A002 - the option's name
+    trace: Path | None = None,
+    trace_format: Literal["text", "json"] = "text",
+) -> int:
+    """Run a program that uses VFIO devices written in Python.
+
+    The program finds /dev/vfio/devices/vfio0, vfio1, ... and /dev/iommu, or gets descriptors
+    where its arguments contain {dev0}, {dev1}, ... or {iommu}. Its output is left alone. The exit
+    code is the program's; 128+n if signal n ended it; 125 if the devices could not be served, 126
+    if the program cannot be executed, 127 if it was not found.
+
+    Parameters
+    ----------
+    program:
+        The program and its arguments, after ``--``.
+    device:
+        A device: NAME[,key=value...] or path.py:Class[,key=value...]; give it once for each.
+    dialect:
+        Which form of the migration protocol the devices speak.
+    filter:
+        exact: every descriptor is followed wherever it goes. fast: reads and writes of other
+        files are not slowed down; data descriptors have high numbers, and a dup of one at a low
+        number is not seen.
+    trace:
+        Write a line for every request to this file; - is stderr.
+    trace_format:
+        Lines for people, or JSON lines.
+    """
+    if not program:
+        raise SpecError("name a program after the options: vfiomig run --device pattern -- ls")
+    devices = [
+        VfioDevice(make(spec), f"vfio{number}", dialect) for number, spec in enumerate(device)
+    ]
+    with ExitStack() as stack:
+        tracer = None
+        if trace is not None:
+            out = sys.stderr if str(trace) == "-" else stack.enter_context(trace.open("w"))
+            tracer = Trace(out, devices, as_json=trace_format == "json")
+        try:
+            return run_program(devices, program, filter_name=filter, trace=tracer)
+        except LaunchError as problem:
+            print(f"vfiomig: {problem}", file=sys.stderr)
+            return problem.exit_code
+        except DoorError as problem:
+            print(f"vfiomig: {problem}", file=sys.stderr)
+            return 125

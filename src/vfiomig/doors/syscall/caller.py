@@ -1,0 +1,90 @@
+"""The program as ``core`` sees it during one request."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from typing import TYPE_CHECKING
+
+from vfiomig.doors.syscall.opened import IommufdOpen
+from vfiomig.memory import CallMemory, MemoryFault, ProcessMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vfiomig.core.iommufd import Iommufd
+    from vfiomig.core.transfer import Migf
+    from vfiomig.doors.syscall.notify import Notification
+    from vfiomig.doors.syscall.opened import Table
+
+__all__ = ("SyscallCaller", "process_of")
+
+
+class SyscallCaller:
+    """``core.Caller`` for one stopped system call."""
+
+    __slots__ = ("_call", "_install", "_table", "blocks", "check", "read", "write")
+
+    def __init__(
+        self,
+        call: Notification,
+        table: Table,
+        blocks: Callable[[], None],
+        install: Callable[[Notification, Migf], int],
+    ) -> None:
+        self._call = call
+        self._table = table
+        self._install = install
+        memory = CallMemory(ProcessMemory(call.tid))
+        self.read = memory.read
+        self.write = memory.write
+        self.check = memory.check
+        self.blocks = blocks
+
+    def memory(self) -> ProcessMemory:
+        """Return the memory of the process: it outlives the calling thread."""
+        return ProcessMemory(process_of(self._call.tid))
+
+    def return_fd(self, migf: Migf, address: int, render: Callable[[int], bytes]) -> None:
+        """Give the program a descriptor and write its number, or neither.
+
+        A descriptor that is in the program's table cannot be taken out again, so whether the
+        write will fault is found out first, by writing what is there already.
+        """
+        size = len(render(-1))
+        try:
+            self.write(address, self.read(address, size))
+        except MemoryFault:
+            if _table_is_full(self._call.tid):
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from None
+            raise
+        self.write(address, render(self._install(self._call, migf)))
+
+    def iommufd(self, number: int) -> Iommufd:
+        opened = self._table.find(self._call.tid, number)
+        if isinstance(opened, IommufdOpen):
+            return opened.context
+        is_open = opened is not None or os.path.lexists(f"/proc/{self._call.tid}/fd/{number}")
+        raise OSError(errno.EBADFD if is_open else errno.EBADF, f"{number} is no iommufd")
+
+
+def process_of(tid: int) -> int:
+    """Process that a thread belongs to; the thread itself if it is gone."""
+    try:
+        with open(f"/proc/{tid}/status", encoding="utf-8", errors="replace") as status:
+            for line in status:
+                if line.startswith("Tgid:"):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    return tid
+
+
+def _table_is_full(tid: int) -> bool:
+    """Whether the next descriptor of the thread would be EMFILE."""
+    try:
+        limit = resource.prlimit(tid, resource.RLIMIT_NOFILE)[0]
+        return len(os.listdir(f"/proc/{tid}/fd")) >= limit
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,89 @@
+"""The placeholder of a data_fd that answers poll, select and epoll: one end of a pipe.
+
+The program has the end whose direction is the session's; this process keeps the other and so
+decides what the program's poll sees, and sees when the program has closed its last copy.
+
+====================  ==================================  ===========================
+session               how                                 the program's poll
+====================  ==================================  ===========================
+saving, data ready    one byte lies in the pipe           IN
+saving, nothing now   the byte is taken back              nothing
+saving, over          the byte lies there, our end shut   IN and HUP
+resuming              the pipe is empty                   OUT
+resuming, over        our end is shut                     OUT and ERR
+====================  ==================================  ===========================
+
+The byte is never read by the program: the door answers its reads itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from typing import TYPE_CHECKING
+
+from vfiomig.descriptors import Fd, reopen
+from vfiomig.fsm import SessionKind
+
+if TYPE_CHECKING:
+    from vfiomig.core.transfer import Migf
+
+__all__ = ("DataPipe",)
+
+
+class DataPipe:
+    """A pipe that follows the readiness of ``migf``."""
+
+    def __init__(self, migf: Migf) -> None:
+        self._migf = migf
+        self._saving = migf.kind is SessionKind.SAVING
+        self._lock = threading.Lock()
+        self._shown = False  # the byte lies in the pipe
+        read_end, write_end = os.pipe2(os.O_CLOEXEC)
+        self.program_end = Fd(read_end if self._saving else write_end)
+        self._own_end = Fd(write_end if self._saving else read_end)
+        migf.watch(self.refresh)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Show what the session is ready for now."""
+        with self._lock:
+            if self._own_end.closed:
+                return
+            over = self._migf.dead
+            if self._saving:
+                self._show_locked(over or self._migf.ready)
+            if over:
+                self._own_end.close()
+
+    def abandoned(self) -> bool:
+        """Whether the program has no copy left. Also after the session: nobody can tell then."""
+        with self._lock:
+            if self._own_end.closed:
+                return False
+            poller = select.poll()
+            poller.register(self._own_end, 0)
+            return bool(poller.poll(0))
+
+    def watched(self) -> int | None:
+        """Return the descriptor whose POLLERR or POLLHUP means ``abandoned``."""
+        with self._lock:
+            return None if self._own_end.closed else self._own_end.fileno()
+
+    def close(self) -> None:
+        with self._lock:
+            self._own_end.close()
+            self.program_end.close()
+
+    def _show_locked(self, ready: bool) -> None:
+        if ready == self._shown:
+            return
+        self._shown = ready
+        if ready:
+            with contextlib.suppress(BrokenPipeError):  # the program's copies are gone
+                os.write(self._own_end.fileno(), b"\0")
+        else:
+            with reopen(self._own_end, os.O_RDONLY | os.O_NONBLOCK) as taker:
+                os.read(taker.fileno(), 1)
