@@ -6,6 +6,8 @@ VFIO device, real or virtual, through its migration.
 
 from __future__ import annotations
 
+from vfiomig.client import DeviceClient, Session
+from vfiomig.client import open_target as open  # noqa: A004  vfiomig.open, never imported bare
 from vfiomig.device import Buffer, Device, PciIdentity, PrecopyInfo, Region, StateReader
 from vfiomig.errors import (
     DeviceError,
@@ -22,10 +24,12 @@ __all__ = (
     "Buffer",
     "Capability",
     "Device",
+    "DeviceClient",
     "DeviceError",
     "PciIdentity",
     "PrecopyInfo",
     "Region",
+    "Session",
     "SessionError",
     "SetStateError",
     "SpecError",
@@ -34,4 +38,5 @@ __all__ = (
     "StateRejected",
     "TargetError",
     "VfioMigError",
+    "open",
 )

@@ -1,0 +1,21 @@
+"""One face for every device: in this process or behind the kernel, in either dialect.
+
+``opening`` makes a ``DeviceClient`` from a TARGET; ``face`` is the client, ``session`` what it
+reads and writes state through; ``transport`` says what both need of the world, which ``local``
+and ``kernel`` give them; ``recovery`` is what to do after a failure.
+"""
+
+from __future__ import annotations
+
+from vfiomig.client.dma import dirty_ranges
+from vfiomig.client.face import DeviceClient
+from vfiomig.client.opening import open_device, open_target
+from vfiomig.client.session import Session
+
+__all__ = (
+    "DeviceClient",
+    "Session",
+    "dirty_ranges",
+    "open_device",
+    "open_target",
+)

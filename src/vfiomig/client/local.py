@@ -1,0 +1,196 @@
+"""A device in this process, reached as if by system calls.
+
+The caller of every request is this very process: its memory is read and written at the addresses
+that the request names, so a bad one faults, and its descriptors are numbers of a small table.
+A read or write that the device cannot answer at once waits for it in the calling thread; the end
+of the session wakes it with ENODEV, as a reader in the kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from vfiomig.core.iommufd import Iommufd
+from vfiomig.core.transfer import Migf
+from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
+from vfiomig.fsm import SessionKind
+from vfiomig.memory import ProcessMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vfiomig.abi.uapi import UapiStruct
+    from vfiomig.iommu import Memory
+
+__all__ = ("LocalTransport",)
+
+#: Lowest number that is given out: programs have something else below.
+FIRST = 3
+EMPTY = memoryview(b"")
+
+
+class LocalTransport:
+    """One open of ``device``, one iommufd, and the data_fds of its sessions."""
+
+    def __init__(self, device: VfioDevice, *, nofile: int = 1024) -> None:
+        """``nofile`` is what RLIMIT_NOFILE is for a process: no number reaches it.
+
+        Raises:
+            OSError: what the device refused its open with.
+        """
+        self._open_device = device
+        self._nofile = nofile
+        self._lock = threading.Lock()
+        self._table: dict[int, VfioDeviceFile | Iommufd | Migf] = {}
+        self._caller = LocalCaller(self)
+        self.iommufd = self.install(Iommufd())
+        self.device = self.install(device.open())
+
+    def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
+        address = 0 if argument is None else ctypes.addressof(argument)
+        target = self.find(on)
+        if isinstance(target, Migf):
+            return self._open_device.data_ioctl(target, number, address, self._caller)
+        return target.ioctl(number, address, self._caller)
+
+    def readinto(self, data_fd: int, buffer: memoryview) -> int:
+        return self._transfer(data_fd, SessionKind.SAVING, ReadTransfer(buffer))
+
+    def write(self, data_fd: int, data: memoryview) -> int:
+        return self._transfer(data_fd, SessionKind.RESUMING, WriteTransfer(data))
+
+    def _transfer(
+        self, data_fd: int, direction: SessionKind, transfer: ReadTransfer | WriteTransfer
+    ) -> int:
+        migf = self.find(data_fd)
+        if not isinstance(migf, Migf) or migf.kind is not direction:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        migf.submit(transfer)
+        result = transfer.wait()
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        return result
+
+    def pread(self, offset: int, length: int) -> bytes:
+        return self._file().pread(offset, length)
+
+    def pwrite(self, offset: int, data: bytes) -> int:
+        return self._file().pwrite(offset, data)
+
+    def _file(self) -> VfioDeviceFile:
+        file = self.find(self.device)
+        assert isinstance(file, VfioDeviceFile)
+        return file
+
+    def close(self, number: int) -> None:
+        closed = self.remove(number)
+        if isinstance(closed, VfioDeviceFile):
+            closed.release()
+
+    # The table of descriptors.
+
+    def install(self, thing: VfioDeviceFile | Iommufd | Migf) -> int:
+        """Give ``thing`` the lowest free number; EMFILE when there is none."""
+        with self._lock:
+            for number in range(FIRST, self._nofile):
+                if number not in self._table:
+                    self._table[number] = thing
+                    return number
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def find(self, number: int) -> VfioDeviceFile | Iommufd | Migf:
+        thing = self._table.get(number)
+        if thing is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return thing
+
+    def remove(self, number: int) -> VfioDeviceFile | Iommufd | Migf:
+        with self._lock:
+            thing = self._table.pop(number, None)
+        if thing is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return thing
+
+
+class LocalCaller:
+    """This process as the maker of a request: ``core.caller.Caller``."""
+
+    def __init__(self, transport: LocalTransport) -> None:
+        self._transport = transport
+        self._memory = ProcessMemory(os.getpid())
+        self.read = self._memory.read
+        self.write = self._memory.write
+        self.check = self._memory.check
+
+    def memory(self) -> Memory:
+        return self._memory
+
+    def blocks(self) -> None:
+        """Nobody else waits for this thread."""
+
+    def return_fd(self, migf: Migf, address: int, render: Callable[[int], bytes]) -> None:
+        number = self._transport.install(migf)
+        try:
+            self.write(address, render(number))
+        except OSError:
+            self._transport.remove(number)
+            raise
+
+    def iommufd(self, number: int) -> Iommufd:
+        context = self._transport.find(number)
+        if not isinstance(context, Iommufd):
+            raise OSError(errno.EBADFD, os.strerror(errno.EBADFD))
+        return context
+
+
+class LocalTransfer:
+    """A read or write of this process that waits for its answer."""
+
+    __slots__ = ("_answered", "_result", "_view", "size")
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self.size = view.nbytes
+        self._result = 0
+        # A lock rather than an Event: nearly every transfer is answered before anybody waits.
+        self._answered = threading.Lock()
+        self._answered.acquire()
+
+    def finish(self, result: int) -> None:
+        self._result = result
+        self._answered.release()
+
+    def wait(self) -> int:
+        try:
+            self._answered.acquire()
+        except BaseException:
+            # Ctrl-C: whoever gets to this transfer later finds no memory of the caller's.
+            self._view = EMPTY
+            raise
+        return self._result
+
+
+class ReadTransfer(LocalTransfer):
+    """``core.transfer.Transfer`` of a read."""
+
+    __slots__ = ()
+
+    def move(self, view: memoryview, done: int) -> int:
+        into = self._view[done : done + len(view)]
+        into[:] = view[: len(into)]
+        return len(into)
+
+
+class WriteTransfer(LocalTransfer):
+    """``core.transfer.Transfer`` of a write."""
+
+    __slots__ = ()
+
+    def move(self, view: memoryview, done: int) -> int:
+        data = self._view[done : done + len(view)]
+        view[: len(data)] = data
+        return len(data)
