@@ -1,0 +1,258 @@
+"""``pattern``: a synthetic device of any size, dirty rate, delay and capability set.
+
+Theory of operation
+-------------------
+Its state is memory in blocks (``block_memory``) and BAR0. While it runs, and only then, a thread
+may rewrite the memory piece by piece. A saving session keeps a flag per block that has yet to be
+sent (``block_stream.Outgoing``): sending clears it, rewriting sets it again. Where nothing is
+rewritten, and always in STOP_COPY, what is yielded is the memory itself in long runs; beside the
+rewriting thread it is copies of single blocks, so that a buffer stays as it was handed out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from math import ceil
+from typing import TYPE_CHECKING, Final
+
+from vfiomig.device import Buffer, Device, PrecopyInfo, Region, StateReader
+from vfiomig.errors import SpecError
+from vfiomig.fsm import SAVING_GROUP, Capability, State, arcs_of, parse_capabilities
+from vfiomig.models import block_stream
+from vfiomig.models.block_memory import BLOCK, BlockMemory
+from vfiomig.models.block_stream import RUN, Outgoing, pack_header, pack_record, pack_tail
+from vfiomig.models.rewriter import Rewriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ("Pattern",)
+
+MODEL: Final = "pattern"
+BAR0_SIZE: Final = 4096
+#: Blocks are filled in advance for so long, and the others when they are needed.
+FILL_SECONDS: Final = 0.4
+PIECE: Final = 64 << 10
+#: A slow rate is kept by smaller pieces, so many in a second.
+PIECES_PER_SECOND: Final = 50
+#: Pollers are told of new data at most this often while none of it is read.
+DATA_READY_SECONDS: Final = 0.01
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s)")
+_SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+class Pattern(Device):
+    """A synthetic device: pseudo-random memory and a BAR0 of 4 KiB.
+
+    Keys:
+      size     bytes of memory, K, M, G allowed (64M)
+      seed     number that the power-on content follows from (0)
+      caps     capability set: stop-copy+p2p+pre-copy, some of them, all, or none (all)
+      dirty    bytes of its memory rewritten per second while it runs, K, M, G allowed (0)
+      delay    time that arcs take: stop-stop_copy:5ms+resuming-stop:70ms, in us, ms or s (none)
+      precopy  share of the state that is offered before STOP_COPY, 0 to 1 (1)
+      poll     none: the data_fd does not answer poll()
+    """
+
+    bar0 = Region(size=BAR0_SIZE)
+    capabilities = Capability.STOP_COPY | Capability.P2P | Capability.PRE_COPY
+
+    def __init__(
+        self,
+        size: int = 64 << 20,
+        seed: int = 0,
+        caps: str = "all",
+        dirty: int = 0,
+        delay: str = "",
+        precopy: float = 1.0,
+        poll: str = "",
+    ) -> None:
+        if size < 1:
+            raise SpecError(f"size={size}: the device has at least one byte")
+        if not 0 <= seed < 1 << 64:
+            raise SpecError(f"seed={seed}: give a number of at most 64 bits, 0 or greater")
+        if dirty < 0:
+            raise SpecError(f"dirty={dirty}: give bytes per second, 0 or greater")
+        if not 0 <= precopy <= 1:
+            raise SpecError(f"precopy={precopy}: give a share of the state from 0 to 1")
+        if poll not in {"", "none"}:
+            raise SpecError(f"poll={poll}: the only value is none; leave it out otherwise")
+        self.capabilities = Capability(0) if caps == "none" else parse_capabilities(caps)
+        self.poll = poll != "none"
+        self._delays = _parse_delays(delay, self.capabilities)
+        self._power_on_seed = self._seed = seed
+        self._memory = BlockMemory(size, seed)
+        self._offered = ceil(precopy * self._memory.blocks)
+        self._rewriter = Rewriter(dirty, self._rewrite) if dirty else None
+        self._piece = max(1, min(PIECE, dirty // PIECES_PER_SECOND))
+        self._rewrite_at = 0
+        self._tell_at = 0.0
+        self._outgoing: Outgoing | None = None  # of the saving session
+        self._precopied: Outgoing | None = None  # the same, from precopy() to save()
+        self._memory.fill_for(FILL_SECONDS)
+
+    # What its owner may ask, beside the protocol.
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that ``digest`` covers: the memory and BAR0."""
+        return self._memory.size + BAR0_SIZE
+
+    def digest(self) -> str:
+        """SHA-256 of the memory and BAR0, in hex. Ask while the device is stopped."""
+        sha256 = hashlib.sha256()
+        for first in range(0, self._memory.blocks, RUN):
+            sha256.update(self._memory.view(first, min(RUN, self._memory.blocks - first)))
+        sha256.update(self.bar0)
+        return sha256.hexdigest()
+
+    # Run levels. P2P quiescent still runs: the device has no peer-to-peer traffic to hold back.
+
+    def start(self) -> None:
+        if self._rewriter is not None:
+            self._rewriter.start()
+
+    quiesce = start
+
+    def stop(self) -> None:
+        if self._rewriter is not None:
+            self._rewriter.stop()
+
+    def step(self, origin: State, target: State) -> None:
+        time.sleep(self._delays.get((origin, target), 0))
+        if origin not in SAVING_GROUP or target not in SAVING_GROUP:
+            self._outgoing = self._precopied = None
+
+    def reset(self) -> None:
+        ran = self._rewriter is not None and self._rewriter.stop()
+        self._seed = self._power_on_seed
+        self._memory.restart(self._seed)
+        self.bar0[:] = bytes(BAR0_SIZE)
+        self._outgoing = self._precopied = None
+        if ran:
+            self.start()
+
+    def _rewrite(self) -> int:
+        """Rewrite the next piece; called by the rewriting thread."""
+        memory, start = self._memory, self._rewrite_at
+        block = start // BLOCK
+        end = block * BLOCK + memory.length(block)
+        size = min(self._piece, end - start)
+        memory.fill(block, 1)
+        with memory.lock:
+            memory.rewrite_locked(start, size)
+            outgoing = self._outgoing
+            if outgoing is not None:
+                outgoing.changed(block)
+        self._rewrite_at = (start + size) % memory.size
+        if start + size == end:
+            memory.measure(block, 1)
+        if outgoing is not None and outgoing.at_temporary_end:
+            self._tell(outgoing)
+        return size
+
+    def _tell(self, outgoing: Outgoing) -> None:
+        """Wake pollers. Until somebody reads: the session may hear it before it is at its end."""
+        if outgoing.changes_offered and time.monotonic() >= self._tell_at:
+            self._tell_at = time.monotonic() + DATA_READY_SECONDS
+            self.data_ready()
+
+    # Saving.
+
+    def precopy(self) -> Iterator[Buffer]:
+        self._outgoing = self._precopied = self._session(self._offered)
+        return self._send_precopy(self._outgoing)
+
+    def save(self) -> Iterator[Buffer]:
+        outgoing = self._precopied or self._session(0)
+        self._outgoing, self._precopied = outgoing, None
+        return self._send_rest(outgoing)
+
+    def precopy_info(self) -> PrecopyInfo:
+        outgoing = self._outgoing or self._session(self._offered)
+        with self._memory.lock:
+            return PrecopyInfo(outgoing.initial_bytes(), outgoing.dirty_bytes())
+
+    def state_size(self) -> int:
+        outgoing = self._outgoing or self._session(0)
+        with self._memory.lock:
+            return outgoing.all_bytes()
+
+    def _session(self, offered: int) -> Outgoing:
+        return Outgoing(self._memory, offered, block_stream.tail_bytes(self._memory, BAR0_SIZE))
+
+    def _send_precopy(self, outgoing: Outgoing) -> Iterator[Buffer]:
+        yield from self._send_header(outgoing)
+        while True:
+            yield from self._send_blocks(outgoing, outgoing.offered)
+            outgoing.at_temporary_end = True
+            yield b""
+            outgoing.at_temporary_end = False
+
+    def _send_rest(self, outgoing: Outgoing) -> Iterator[Buffer]:
+        yield from self._send_header(outgoing)
+        yield from self._send_blocks(outgoing, self._memory.blocks)
+        outgoing.tail = 0
+        yield pack_tail(self._memory, bytes(self.bar0))
+
+    def _send_header(self, outgoing: Outgoing) -> Iterator[Buffer]:
+        if outgoing.header:
+            outgoing.header = 0
+            yield pack_header(self._memory, MODEL, self._seed)
+
+    def _send_blocks(self, outgoing: Outgoing, limit: int) -> Iterator[Buffer]:
+        """Send the blocks below ``limit`` that wait for it, until none is left."""
+        while (run := self._next_run(outgoing, limit)) is not None:
+            first, count = run
+            yield pack_record(first, count)
+            if self._rewriter is not None and self._precopied is outgoing:
+                yield from self._copies(outgoing, first, count)
+                continue
+            view = self._memory.view(first, count)
+            with self._memory.lock:
+                outgoing.sent(first, count)
+            yield view
+
+    def _next_run(self, outgoing: Outgoing, limit: int) -> tuple[int, int] | None:
+        with self._memory.lock:
+            return outgoing.next_run(limit)
+
+    def _copies(self, outgoing: Outgoing, first: int, count: int) -> Iterator[Buffer]:
+        buffer = bytearray(BLOCK)
+        for block in range(first, first + count):
+            self._memory.fill(block, 1)
+            with self._memory.lock:
+                outgoing.sent(block, 1)
+                content = self._memory.copy_locked(block, buffer)
+            yield content
+
+    # Loading.
+
+    def load(self, state: StateReader) -> None:
+        loaded = block_stream.load(state, MODEL, self._memory, BAR0_SIZE)
+        self._seed = loaded.seed
+        self._memory.adopt(loaded.seed)
+        self.bar0[:] = loaded.bar0
+
+
+def _parse_delays(text: str, capabilities: Capability) -> dict[tuple[State, State], float]:
+    """Read ``stop-stop_copy:5ms+resuming-stop:70ms``: seconds by the two ends of the arc."""
+    arcs = arcs_of(capabilities) if capabilities else ()
+    names = {f"{arc.origin.name}-{arc.target.name}".lower(): arc for arc in arcs}
+    delays = {}
+    for part in filter(None, text.split("+")):
+        name, _, duration = part.partition(":")
+        if name not in names:
+            known = ", ".join(names) or "none: the device cannot migrate"
+            raise SpecError(f"delay={text}: no arc is called {name!r}; its arcs are {known}")
+        match = _DURATION.fullmatch(duration)
+        if match is None:
+            raise SpecError(
+                f"delay={text}: {duration!r} is no duration; write ARC:TIME+ARC:TIME,"
+                " with a TIME like 70ms, 500us or 1.5s"
+            )
+        arc = names[name]
+        delays[arc.origin, arc.target] = float(match[1]) * _SECONDS[match[2]]
+    return delays

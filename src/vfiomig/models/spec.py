@@ -1,0 +1,206 @@
+"""What a SPEC means: a device by name, or a class in a user's file, with keys.
+
+Theory of operation
+-------------------
+A SPEC is ``NAME[,key=value...]`` or ``path.py:Class[,key=value...]``. It is cut at every comma, a
+key is what stands before the first ``=``, and a class what stands behind the last ``:`` of the
+first part. So a value may hold ``=`` and ``:``, and neither a value nor a path can hold a comma.
+
+Keys are the parameters of the class's ``__init__``, and a value is converted by the parameter's
+annotation: ``int`` (K, M, G for powers of 1024, hexadecimal with 0x), ``float``, ``bool`` (yes or
+no); anything else stays the string that it is. Ready devices and a user's go the same way.
+
+A user's file is executed once per process, as if it were imported, without its folder in
+``sys.path``. Whatever is raised in there is the user's to see, with its file and line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import traceback
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from vfiomig.device import Device
+from vfiomig.errors import SpecError
+from vfiomig.models.counter import Counter
+from vfiomig.models.pattern import Pattern
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import ModuleType
+
+__all__ = ("KNOWN", "describe", "make", "parse_size")
+
+Value: TypeAlias = str | int | float | bool
+
+#: The ready devices.
+KNOWN: Final[Mapping[str, type[Device]]] = MappingProxyType(
+    {"pattern": Pattern, "counter": Counter}
+)
+
+_UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_WORDS: Final = {"yes": True, "true": True, "on": True, "1": True} | {
+    "no": False, "false": False, "off": False, "0": False,
+}  # fmt: skip
+_NAMED_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def make(spec: str) -> Device:
+    """Make the device that ``spec`` describes.
+
+    Raises:
+        SpecError: it describes none; the message says what is wrong, and what would be right.
+    """
+    target, *parts = spec.split(",")
+    cls = _user_class(target) if ":" in target else _known_class(target)
+    keys = _parse_keys(cls, target, parts)
+    try:
+        device = cls(**keys)
+        device.check_capabilities(device.capabilities)
+    except SpecError as problem:
+        raise SpecError(f"{target}: {problem}") from problem
+    except Exception as problem:
+        raise SpecError(f"{target}: cannot be made: {_place(problem)}") from problem
+    return device
+
+
+def describe(name: str) -> str:
+    """Return what a ready device is and the keys that it knows, for a help text."""
+    return inspect.getdoc(_known_class(name)) or ""
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes: ``4096``, ``64K``, ``256M``, ``1G``."""
+    size = _int(text)
+    if size < 0:
+        raise SpecError(f"{text} is no size: give 0 or more, like 4096 or 256M")
+    return size
+
+
+# The class.
+
+
+def _known_class(name: str) -> type[Device]:
+    if name not in KNOWN:
+        raise SpecError(
+            f"no device is called {name!r}; known are {', '.join(KNOWN)},"
+            " and path.py:Class for one of your own"
+        )
+    return KNOWN[name]
+
+
+def _user_class(target: str) -> type[Device]:
+    file, _, name = target.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise SpecError(f"{target}: there is no file {file!r}")
+    module = _run_file(path.resolve())
+    classes = [
+        key
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, Device) and value is not Device
+    ]
+    if name not in classes:
+        problem = "is no subclass of vfiomig.Device" if hasattr(module, name) else "is not there"
+        raise SpecError(
+            f"{target}: {name!r} {problem}; {file} has {', '.join(classes) or 'no device class'}"
+        )
+    cls: type[Device] = getattr(module, name)
+    return cls
+
+
+def _run_file(path: Path) -> ModuleType:
+    name = f"vfiomig-user:{path}"  # no import statement can name it
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise SpecError(f"{path} is no Python file; its name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and typing look their module up while it runs
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:
+        del sys.modules[name]
+        raise SpecError(f"{path} cannot be imported: {_place(problem)}") from problem
+    return module
+
+
+def _place(problem: Exception) -> str:
+    """Tell an exception with its file and line."""
+    if isinstance(problem, SyntaxError):
+        return f"{problem.filename}, line {problem.lineno}: {problem.msg}"
+    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    return f"{frame.filename}, line {frame.lineno}: {type(problem).__name__}: {problem}"
+
+
+# The keys.
+
+
+def _parse_keys(cls: type[Device], target: str, parts: list[str]) -> dict[str, Value]:
+    parameters = inspect.signature(cls).parameters
+    known = [key for key, value in parameters.items() if value.kind in _NAMED_KINDS]
+    takes_any = any(value.kind is inspect.Parameter.VAR_KEYWORD for value in parameters.values())
+    keys: dict[str, Value] = {}
+    for part in parts:
+        key, equals, text = part.partition("=")
+        if not equals:
+            raise SpecError(f"{target}: {part!r} is no key=value; {_known_keys(known)}")
+        if key not in known and not takes_any:
+            raise SpecError(f"{target}: unknown key {key!r}; {_known_keys(known)}")
+        if key in keys:
+            raise SpecError(f"{target}: the key {key!r} is given twice")
+        keys[key] = _convert(parameters.get(key), key, text, target)
+    missing = [
+        key
+        for key in known
+        if key not in keys and parameters[key].default is inspect.Parameter.empty
+    ]
+    if missing:
+        raise SpecError(f"{target}: give a value for {', '.join(missing)}; {_known_keys(known)}")
+    return keys
+
+
+def _known_keys(known: list[str]) -> str:
+    return f"its keys are {', '.join(known)}" if known else "it has no keys"
+
+
+def _convert(parameter: inspect.Parameter | None, key: str, text: str, target: str) -> Value:
+    # An annotation is a string where the file has `from __future__ import annotations`.
+    annotation = parameter.annotation if parameter is not None else "str"
+    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "str")
+    convert = CONVERTERS.get(name, str)
+    try:
+        return convert(text)
+    except SpecError as problem:
+        raise SpecError(f"{target}: {key}={text}: {problem}") from problem
+
+
+def _int(text: str) -> int:
+    unit = _UNITS.get(text[-1:].upper(), 1)
+    try:
+        return int(text[:-1] if unit > 1 else text, 0) * unit
+    except ValueError:
+        raise SpecError(f"{text!r} is no whole number, like 4096, 0x10 or 256M") from None
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SpecError(f"{text!r} is no number, like 0.5") from None
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in _WORDS:
+        raise SpecError(f"{text!r} is neither yes nor no")
+    return _WORDS[text.lower()]
+
+
+CONVERTERS: Final[Mapping[str, Callable[[str], Value]]] = MappingProxyType(
+    {"int": _int, "float": _float, "bool": _bool}
+)
