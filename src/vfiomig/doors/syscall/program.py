@@ -61,7 +61,7 @@ class Program:
             TimeoutError: ``deadline`` (monotonic) came first; the program goes on.
 
         """
-        while True:
+        while self.exit_code is None:
             pause = time.monotonic() + REAP_INTERVAL
             if poll_until(
                 self.pidfd, select.POLLIN, pause if deadline is None else min(pause, deadline)
