@@ -1,0 +1,75 @@
+/* Ask a device for its migration state COUNT times and tell how long it took.
+ *
+ * usage: get_loop OUT COUNT          under a door that serves vfio0
+ * OUT gets the median and the 99th percentile of one ioctl in nanoseconds
+ */
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <time.h>
+
+#define VFIO_DEVICE_FEATURE _IO(';', 100 + 17)
+#define VFIO_DEVICE_BIND_IOMMUFD _IO(';', 100 + 18)
+#define VFIO_DEVICE_FEATURE_GET (1 << 16)
+#define VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE 2
+
+struct feature {
+	uint32_t argsz, flags;
+	uint32_t device_state;
+	int32_t data_fd;
+};
+
+static int64_t now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+static int ascending(const void *a, const void *b)
+{
+	int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+
+	return (x > y) - (x < y);
+}
+
+int main(int argc, char **argv)
+{
+	if (argc != 3)
+		return 2;
+	struct { uint32_t argsz, flags; int32_t iommufd; uint32_t out; } bind = { .argsz = 16 };
+	int fd = open("/dev/vfio/devices/vfio0", O_RDWR);
+	FILE *out = fopen(argv[1], "w");
+
+	bind.iommufd = open("/dev/iommu", O_RDWR);
+	if (!out || ioctl(fd, VFIO_DEVICE_BIND_IOMMUFD, &bind)) {
+		perror("vfio0");
+		return 1;
+	}
+	long count = atol(argv[2]);
+	int64_t *taken = calloc(count, sizeof(*taken));
+
+	for (long i = 0; i < count; i++) {
+		struct feature feature = {
+			.argsz = sizeof(feature),
+			.flags = VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE,
+		};
+		int64_t start = now();
+
+		if (ioctl(fd, VFIO_DEVICE_FEATURE, &feature)) {
+			perror("VFIO_DEVICE_FEATURE");
+			return 1;
+		}
+		taken[i] = now() - start;
+		if (!feature.device_state) {
+			fprintf(stderr, "call %ld: no state was written\n", i);
+			return 1;
+		}
+	}
+	qsort(taken, count, sizeof(*taken), ascending);
+	fprintf(out, "%lld %lld\n", (long long)taken[count / 2], (long long)taken[count * 99 / 100]);
+	return fclose(out) ? 1 : 0;
+}

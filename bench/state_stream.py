@@ -1,0 +1,76 @@
+"""State of a device read and written by a C program, against a memfd with as many bytes.
+
+Also: how much the serving process grows meanwhile, and what STOP -> STOP_COPY costs for a large
+and for a small state.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+from pathlib import Path
+
+from harness import Measurement, compiled, result_of, serve
+
+__all__ = ("measure",)
+
+CHUNK = 1 << 20
+MIB = 1 << 20
+
+
+def measure(size: str = "1G", rounds: int = 5) -> list[Measurement]:
+    reading, writing, growth = [], [], 0
+    with compiled("stream") as binary:
+        for _ in range(rounds):
+            before = _reset_peak()
+            read_s, write_s, total = result_of(
+                binary, lambda argv: serve([f"pattern,size={size}"] * 2, argv), CHUNK, "device"
+            )
+            growth = max(growth, _peak() - before - 2 * int(total) // 1024)
+            plain_read, plain_write, _ = result_of(
+                binary,
+                lambda argv: subprocess.run(argv, check=True) and None,
+                CHUNK,
+                "memfd",
+                int(total),
+            )
+            reading.append((plain_read / read_s, total / read_s / 2**30))
+            writing.append((plain_write / write_s, total / write_s / 2**30))
+        large, small = (
+            result_of(binary, lambda argv, s=s: serve([f"pattern,size={s}"], argv), CHUNK, "arc")[0]
+            for s in (size, "1M")
+        )
+    return [
+        _speed("state read against a memfd", reading),
+        _speed("state written against a memfd", writing),
+        Measurement("serving process grows (MiB)", growth / 1024, at_most=64),
+        Measurement(
+            f"STOP -> STOP_COPY: {size} against 1M",
+            large / small,
+            at_most=3,
+            details={"large_us": large / 1000, "small_us": small / 1000},
+        ),
+    ]
+
+
+def _speed(name: str, rounds: list[tuple[float, float]]) -> Measurement:
+    ratio = statistics.median(ratio for ratio, _ in rounds)
+    details: dict[str, object] = {"GiB_per_s": [round(speed, 2) for _, speed in rounds]}
+    return Measurement(name, ratio, at_least=0.5, details=details)
+
+
+def _status(field: str) -> int:
+    """A size of this process in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise LookupError(field)
+
+
+def _reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    return _status("VmHWM")
