@@ -48,7 +48,11 @@ class AddressSpace:
             length=length,
             iova=iova,
         )
-        self._requests.on(self._iommufd(), iommufd.IOMMU_IOAS_MAP, argument)
+        try:
+            self._requests.on(self._iommufd(), iommufd.IOMMU_IOAS_MAP, argument)
+        except OSError:
+            del held  # or the traceback would hold the memory
+            raise
         self._mapped[iova] = length, held
 
     def unmap(self, iova: int, length: int) -> int:

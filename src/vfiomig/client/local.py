@@ -30,20 +30,19 @@ __all__ = ("LocalTransport",)
 
 #: Lowest number that is given out: programs have something else below.
 FIRST = 3
-EMPTY = memoryview(b"")
 
 
 class LocalTransport:
     """One open of ``device``, one iommufd, and the data_fds of its sessions."""
 
     def __init__(self, device: VfioDevice, *, nofile: int = 1024) -> None:
-        """``nofile`` is what RLIMIT_NOFILE is for a process: no number reaches it.
+        """``nofile`` is what RLIMIT_NOFILE is for a process; no number reaches it.
 
         Raises:
             OSError: what the device refused its open with.
         """
         self._open_device = device
-        self._nofile = nofile
+        self.nofile = nofile
         self._lock = threading.Lock()
         self._table: dict[int, VfioDeviceFile | Iommufd | Migf] = {}
         self._caller = LocalCaller(self)
@@ -70,7 +69,11 @@ class LocalTransport:
         if not isinstance(migf, Migf) or migf.kind is not direction:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         migf.submit(transfer)
-        result = transfer.wait()
+        try:
+            result = transfer.wait()
+        except BaseException:  # Ctrl-C: its memory is the caller's again
+            migf.withdraw(transfer)
+            raise
         if result < 0:
             raise OSError(-result, os.strerror(-result))
         return result
@@ -96,7 +99,7 @@ class LocalTransport:
     def install(self, thing: VfioDeviceFile | Iommufd | Migf) -> int:
         """Give ``thing`` the lowest free number; EMFILE when there is none."""
         with self._lock:
-            for number in range(FIRST, self._nofile):
+            for number in range(FIRST, self.nofile):
                 if number not in self._table:
                     self._table[number] = thing
                     return number
@@ -165,12 +168,7 @@ class LocalTransfer:
         self._answered.release()
 
     def wait(self) -> int:
-        try:
-            self._answered.acquire()
-        except BaseException:
-            # Ctrl-C: whoever gets to this transfer later finds no memory of the caller's.
-            self._view = EMPTY
-            raise
+        self._answered.acquire()
         return self._result
 
 

@@ -102,11 +102,13 @@ class Session:
     def chunks(self, size: int = CHUNK) -> Iterator[memoryview]:
         """Read up to an end, permanent or temporary; yield what each read brought.
 
-        All chunks share one buffer: each is valid until the next is asked for.
+        All chunks share one buffer: each is valid until the next is asked for, and raises
+        ``ValueError`` after that. To keep some, copy them: ``b"".join(map(bytes, session))``.
         """
         view = memoryview(bytearray(size))
         while count := self.readinto(view):
-            yield view[:count]
+            with view[:count] as chunk:
+                yield chunk
 
     def __iter__(self) -> Iterator[memoryview]:
         return self.chunks()
