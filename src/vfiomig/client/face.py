@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import warnings
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 from vfiomig.abi import vfio
 from vfiomig.client import dma
@@ -28,7 +28,7 @@ from vfiomig.client.requests import GET, SET, Requests
 from vfiomig.client.session import Session
 from vfiomig.client.situations import failed_change
 from vfiomig.client.transport import NO_FD
-from vfiomig.errors import RequestError, SetStateError
+from vfiomig.errors import RequestError, SessionError, SetStateError
 from vfiomig.fsm import (
     LEGAL_SETS,
     PRE_COPY_GROUP,
@@ -51,6 +51,11 @@ if TYPE_CHECKING:
     from vfiomig.device import PrecopyInfo
 
 __all__ = ("DeviceClient",)
+
+#: Requests for these give a session or fail.
+StateWithSession: TypeAlias = Literal[
+    State.PRE_COPY, State.PRE_COPY_P2P, State.STOP_COPY, State.RESUMING
+]
 
 
 class DeviceClient:
@@ -110,16 +115,21 @@ class DeviceClient:
         """The session that the last change of state opened or kept."""
         return self._session
 
+    @overload
+    def set_state(self, target: StateWithSession, *, force: bool = False) -> Session: ...
+    @overload
+    def set_state(self, target: int, *, force: bool = False) -> Session | None: ...
     def set_state(self, target: int, *, force: bool = False) -> Session | None:
         """Ask for a state; return its session, ``None`` for a state without one.
 
-        A move inside the saving group returns the session that is open already. A state whose
-        data_fd this client never got (it was in it before, or lost it) gives ``None`` as well.
-        The caller closes sessions; what is left open, ``close`` closes.
+        A move inside the saving group returns the session that is open already. The caller
+        closes sessions; what is left open, ``close`` closes.
 
         Raises:
             SetStateError: with the errno and the state in which the device is now. The session
                 is forgotten, unless the request was refused here without being sent.
+            SessionError: the device was in that state before, and this client does not know the
+                session (EBADF); no request gives a data_fd twice.
         """
         if not force:
             self._refuse_known(target)
@@ -164,6 +174,12 @@ class DeviceClient:
             self._session = None
         if self._session is not None:
             self._session.in_precopy = state in PRE_COPY_GROUP
+        elif state is not None and kind is not None:
+            raise SessionError(
+                errno.EBADF,
+                f"{self.name} was in {state.name} before, and its data_fd is given out once only; "
+                "leave the state and enter it again, or reset it if that is RESUMING",
+            )
         return self._session
 
     def reset(self) -> None:

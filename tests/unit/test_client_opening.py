@@ -1,0 +1,236 @@
+"""From a TARGET to a client: what is refused, and what is said then."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+import vfiomig
+from suite_devices import Closed
+from vfiomig import Device, SpecError, TargetError
+from vfiomig.abi import iommufd, vfio
+from vfiomig.abi.ioctls import Dialect
+from vfiomig.client import open_device
+from vfiomig.client.kernel import KernelTransport
+from vfiomig.client.opening import connect
+from vfiomig.client.transport import NO_FD
+from vfiomig.descriptors import Fd
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vfiomig.abi.uapi import UapiStruct
+
+DEVICE_PATH = "/dev/vfio/devices/vfio0"
+
+
+@pytest.mark.parametrize(
+    "target", ["", "vfio0", "/dev/vfio/12", "/dev/vfio/devices/vfio", "/etc/passwd", "vfio-user:x"]
+)
+def test_an_unknown_target_names_the_known_ones(target: str) -> None:
+    with pytest.raises(SpecError, match=r"model:SPEC.*/dev/vfio/devices/vfio0"):
+        vfiomig.open(target)
+
+
+def test_the_dialect_of_a_kernel_cannot_be_chosen() -> None:
+    with pytest.raises(SpecError, match="found out"):
+        vfiomig.open(DEVICE_PATH, "v6")
+
+
+def test_an_unknown_dialect_names_the_known_ones() -> None:
+    with pytest.raises(SpecError, match="landed or v6"):
+        vfiomig.open("model:pattern,size=4K", "v5")
+
+
+@pytest.mark.parametrize("dialect", Dialect)
+def test_a_model_speaks_the_dialect_that_was_asked_for(dialect: Dialect) -> None:
+    with vfiomig.open("model:pattern,size=4K", str(dialect)) as dev:
+        assert (dev.dialect, dev.name) == (dialect, "pattern")
+
+
+def test_a_device_is_named_after_its_class() -> None:
+    with open_device(Device()) as dev:
+        assert (dev.name, repr(dev)) == ("Device", "<DeviceClient of Device, landed>")
+    assert repr(dev) == "<DeviceClient of Device, landed, closed>"
+
+
+@pytest.mark.parametrize("dialect", Dialect)
+def test_a_device_that_does_not_start_is_a_target_that_cannot_be_opened(dialect: Dialect) -> None:
+    with pytest.raises(TargetError, match="Closed cannot be opened: EBUSY") as caught:
+        open_device(Closed(), dialect)
+    assert caught.value.errno == errno.EBUSY
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOENT, "bind the PCI function"),
+        (errno.EACCES, "chown"),
+        (errno.EBUSY, "another program"),
+        (errno.ENXIO, "dmesg"),
+    ],
+)
+def test_a_node_that_does_not_open_says_what_to_do(
+    number: int, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, flags: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(TargetError, match=advice) as caught:
+        vfiomig.open(DEVICE_PATH)
+    assert caught.value.errno == number
+    assert "vfio0" in str(caught.value)
+
+
+class Kernel:
+    """A transport whose device knows BIND and the probes only."""
+
+    device = 3
+
+    def __init__(self, bind: int, probes: tuple[int, int], iommufd_number: int = 4) -> None:
+        self.iommufd = iommufd_number
+        self.bind = bind
+        self.probes = dict(zip((1, 2), probes, strict=True))
+        self.requests: list[int] = []
+        self.closed: list[int] = []
+
+    def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
+        assert argument is not None
+        self.requests.append(number)
+        if number == vfio.VFIO_DEVICE_BIND_IOMMUFD:
+            failure = self.bind
+        else:
+            assert number == vfio.VFIO_DEVICE_FEATURE
+            header = vfio.DeviceFeature.from_address(ctypes.addressof(argument))
+            assert header.flags & vfio.VFIO_DEVICE_FEATURE_PROBE
+            failure = self.probes[header.flags & vfio.VFIO_DEVICE_FEATURE_MASK]
+        if failure:
+            raise OSError(failure, os.strerror(failure))
+        return 0
+
+    def readinto(self, data_fd: int, buffer: memoryview) -> int:
+        raise NotImplementedError
+
+    def write(self, data_fd: int, data: memoryview) -> int:
+        raise NotImplementedError
+
+    def pread(self, offset: int, length: int) -> bytes:
+        raise NotImplementedError
+
+    def pwrite(self, offset: int, data: bytes) -> int:
+        raise NotImplementedError
+
+    def close(self, number: int) -> None:
+        self.closed.append(number)
+
+
+@pytest.mark.parametrize(
+    ("bind", "probes", "dialect"),
+    [
+        (0, (0, 0), Dialect.LANDED),
+        (0, (0, errno.ENOTTY), Dialect.V6),
+        (0, (0, errno.EINVAL), Dialect.V6),
+        (errno.ENOTTY, (0, errno.EINVAL), Dialect.V6),
+        (errno.EINVAL, (0, errno.EINVAL), Dialect.V6),
+        (0, (errno.ENOTTY, errno.ENOTTY), Dialect.LANDED),  # cannot migrate
+    ],
+)
+def test_the_dialect_is_found_out_by_probes_alone(
+    bind: int, probes: tuple[int, int], dialect: Dialect
+) -> None:
+    kernel = Kernel(bind, probes)
+    with connect(kernel, "vfio0") as dev:
+        assert dev.dialect is dialect
+    assert vfio.VFIO_DEVICE_MIG_SET_STATE not in kernel.requests
+    assert kernel.closed == [3, 4]
+
+
+def test_a_device_that_another_program_has_says_so() -> None:
+    kernel = Kernel(errno.EINVAL, (errno.EINVAL, errno.EINVAL))
+    with pytest.raises(TargetError, match="another program has it"):
+        connect(kernel, "vfio0")
+    assert kernel.closed == [3, 4]
+
+
+def test_a_bind_that_fails_otherwise_is_told() -> None:
+    kernel = Kernel(errno.ENODEV, (0, 0))
+    with pytest.raises(TargetError, match="ENODEV"):
+        connect(kernel, "vfio0")
+    assert kernel.closed == [3, 4]
+
+
+def test_a_landed_kernel_without_iommufd_names_the_module() -> None:
+    kernel = Kernel(0, (errno.EINVAL, errno.EINVAL), NO_FD)
+    with pytest.raises(TargetError, match="modprobe"):
+        connect(kernel, "vfio0", "/dev/iommu: modprobe iommufd")
+    assert kernel.closed == [3]
+
+
+def test_a_v6_kernel_needs_no_iommufd_until_memory_is_mapped() -> None:
+    kernel = Kernel(0, (0, errno.EINVAL), NO_FD)
+    with connect(kernel, "vfio0", "no /dev/iommu") as dev:
+        assert dev.dialect is Dialect.V6
+        with pytest.raises(vfiomig.VfioMigError, match="no /dev/iommu"):
+            dev.map(0, bytearray(4096))
+    assert kernel.closed == [3]
+
+
+def test_a_device_that_does_not_answer_at_all_is_given_back() -> None:
+    kernel = Kernel(0, (errno.EIO, 0))
+    with pytest.raises(TargetError, match="EIO"):
+        connect(kernel, "vfio0")
+    assert kernel.closed == [3, 4]
+
+
+# The transport of system calls, over files that are no devices.
+
+
+def test_the_kernels_transport_makes_the_system_calls(tmp_path: Path) -> None:
+    file = tmp_path / "regions"
+    file.write_bytes(b"0123456789")
+    device = Fd(os.open(file, os.O_RDWR))
+    transport = KernelTransport(device, None)
+    assert device.closed
+    assert transport.iommufd == NO_FD
+    assert transport.pread(3, 4) == b"3456"
+    assert transport.pwrite(2, b"ab") == 2
+    assert file.read_bytes() == b"01ab456789"
+    with pytest.raises(OSError) as caught:
+        transport.ioctl(transport.device, vfio.VFIO_DEVICE_RESET, None)
+    assert caught.value.errno == errno.ENOTTY
+    reading, writing = os.pipe()
+    assert transport.write(writing, memoryview(b"xyz")) == 3
+    buffer = bytearray(5)
+    assert transport.readinto(reading, memoryview(buffer)) == 3
+    assert buffer == b"xyz\0\0"
+    for number in (reading, writing, transport.device):
+        transport.close(number)
+    with pytest.raises(OSError):
+        transport.close(reading)
+
+
+def test_a_file_that_is_no_device_is_refused_after_the_bind(tmp_path: Path) -> None:
+    file = tmp_path / "node"
+    file.touch()
+    transport = KernelTransport(
+        Fd(os.open(file, os.O_RDWR)), Fd(os.open(file, os.O_RDWR | os.O_CLOEXEC))
+    )
+    with pytest.raises(TargetError):
+        connect(transport, "node")
+
+
+def test_the_memory_of_a_request_is_the_structs_own() -> None:
+    """FIONREAD writes an int where the request says: into the struct, not into a copy."""
+    reading, writing = os.pipe()
+    transport = KernelTransport(Fd(reading), Fd(writing))
+    os.write(writing, b"12345")
+    answer = iommufd.IommuDestroy()
+    transport.ioctl(reading, 0x541B, answer)
+    assert answer.size == 5
+    transport.close(reading)
+    transport.close(writing)
