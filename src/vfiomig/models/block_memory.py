@@ -145,12 +145,12 @@ class BlockMemory:
             self._content[first : first + count] = bytes((STALE,)) * count
         return self._view[first * BLOCK : (first + count) * BLOCK]
 
-    def copy_locked(self, block: int, buffer: bytearray) -> memoryview:
-        """Copy a filled block into ``buffer``; return the part of it that was needed."""
-        size = self.length(block)
+    def copy_locked(self, block: int, buffer: memoryview) -> int:
+        """Copy a filled block to the start of ``buffer``; return its length."""
+        length = self.length(block)
         target = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        ctypes.memmove(target, self._address + block * BLOCK, size)
-        return memoryview(buffer)[:size]
+        ctypes.memmove(target, self._address + block * BLOCK, length)
+        return length
 
     def rewrite_locked(self, offset: int, size: int) -> None:
         """Put other pseudo-random bytes into a part of one filled block."""

@@ -112,6 +112,10 @@ class Outgoing:
             run = _PENDING_RUN.search(self._pending, 0, min(self._next, limit))
         return (run.start(), run.end() - run.start()) if run else None
 
+    def rewind(self) -> None:
+        """Search from the first block on, so that runs are as long as they can be."""
+        self._next = 0
+
     def sent(self, first: int, count: int) -> None:
         self._pending[first : first + count] = bytes(count)
         self._next = first + count

@@ -34,6 +34,8 @@ MODEL: Final = "pattern"
 BAR0_SIZE: Final = 4096
 #: Blocks are filled in advance for so long, and the others when they are needed.
 FILL_SECONDS: Final = 0.4
+#: Blocks that are copied before they are handed over together.
+COPIED: Final = 8
 PIECE: Final = 64 << 10
 #: A slow rate is kept by smaller pieces, so many in a second.
 PIECES_PER_SECOND: Final = 50
@@ -192,6 +194,7 @@ class Pattern(Device):
             outgoing.at_temporary_end = False
 
     def _send_rest(self, outgoing: Outgoing) -> Iterator[Buffer]:
+        outgoing.rewind()
         yield from self._send_header(outgoing)
         yield from self._send_blocks(outgoing, self._memory.blocks)
         outgoing.tail = 0
@@ -220,13 +223,16 @@ class Pattern(Device):
             return outgoing.next_run(limit)
 
     def _copies(self, outgoing: Outgoing, first: int, count: int) -> Iterator[Buffer]:
-        buffer = bytearray(BLOCK)
-        for block in range(first, first + count):
-            self._memory.fill(block, 1)
-            with self._memory.lock:
-                outgoing.sent(block, 1)
-                content = self._memory.copy_locked(block, buffer)
-            yield content
+        """Copy blocks out one by one, each as it is at one moment; hand over some at a time."""
+        buffer = memoryview(bytearray(COPIED * BLOCK))
+        for start in range(first, first + count, COPIED):
+            size = 0
+            for block in range(start, min(start + COPIED, first + count)):
+                self._memory.fill(block, 1)
+                with self._memory.lock:
+                    outgoing.sent(block, 1)
+                    size += self._memory.copy_locked(block, buffer[size:])
+            yield buffer[:size]
 
     # Loading.
 
