@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -96,29 +97,22 @@ class Served:
 
     def finish(self) -> Outcome:
         """Wait for the program and all that came from it."""
+        deadline = time.monotonic() + PATIENCE
         try:
-            code = self.program.wait(time.monotonic() + PATIENCE)
+            code = self.program.wait(deadline)
+            self.program.wait_for_descendants(deadline)
         except TimeoutError:
-            self.program.send_signal(9)
-            self.program.wait()
+            self.program.send_signal(signal.SIGKILL)
             raise
         finally:
-            self._join()
+            for receiver in self._receivers:
+                receiver.join(PATIENCE)
             self.program.close()
             with os.fdopen(self._reader) as output:
                 text = output.read()
         if self.failure is not None:
             raise self.failure
         return Outcome(code, text)
-
-    def _join(self) -> None:
-        # Descendants may outlive the program: while they do, the receivers serve them, and on
-        # kernels that count a process until it is collected they end only then.
-        for receiver in self._receivers:
-            deadline = time.monotonic() + PATIENCE
-            while receiver.is_alive() and time.monotonic() < deadline:
-                receiver.join(0.1)
-                self.program.reap_orphans()
 
     def _receive(self) -> None:
         while (call := self.listener.receive()) is not None:

@@ -71,6 +71,7 @@ _parse = struct.Struct("QIIiIQ6Q").unpack
 _ANSWER = struct.Struct("QqiI")
 _ADDFD = struct.Struct("QIIII")
 _pack_answer = _ANSWER.pack
+_NEVER_OPEN = 0x7FFF_FFFF  # a number that no process can have: EBADF
 # ioctl() copies a bytes argument, lets the kernel fill the copy and returns it: these zeros,
 # which the kernel insists on, are never written to.
 _ZEROS = bytes(SeccompNotif.SIZE)
@@ -122,8 +123,17 @@ class Listener:
     def fileno(self) -> int:
         return self._fd.fileno()
 
+    @property
+    def ended(self) -> bool:
+        """Whether no process is left that could make a call, or the listener was closed."""
+        return self._fd.closed or bool(poll_until(self._number, 0, 0.0) & select.POLLHUP)
+
     def close(self) -> None:
-        """Give the program up: its pending and later calls that the filter stops get ENOSYS."""
+        """Give the program up: its pending and later calls that the filter stops get ENOSYS.
+
+        End the program first if receivers still wait: asleep in the kernel they do not notice.
+        """
+        self._number = _NEVER_OPEN
         self._fd.close()
 
     def __enter__(self) -> Self:
@@ -138,7 +148,10 @@ class Listener:
         self.close()
 
     def receive(self) -> Notification | None:
-        """Wait for the next call; ``None`` when no process is left that could make one."""
+        """Wait for the next call; ``None`` when no process is left that could make one.
+
+        ``None`` also when another thread has closed the listener.
+        """
         if self._poll_first:
             return self._receive_in_turn()
         while True:
@@ -171,8 +184,10 @@ class Listener:
         """Whether the caller still waits: what was read by its thread's number was its own."""
         try:
             ioctl(self._number, SECCOMP_IOCTL_NOTIF_ID_VALID, struct.pack("Q", id_))
-        except FileNotFoundError:
-            return False
+        except OSError as error:
+            if error.errno == errno.ENOENT or self._fd.closed:
+                return False
+            raise
         return True
 
     def add_fd(
@@ -225,6 +240,10 @@ class Listener:
             except FileNotFoundError:
                 self._count_gone()
                 return False
+            except OSError:
+                if self._fd.closed:
+                    return False  # the kernel has answered with ENOSYS
+                raise
             return True
 
     def _receive_in_turn(self) -> Notification | None:
@@ -233,7 +252,7 @@ class Listener:
         One thread at a time: with two, both would see the one call that is ready.
         """
         with self._turn:
-            while True:
+            while not self._fd.closed:
                 if not poll_until(self._number, select.POLLIN, None) & select.POLLIN:
                     return None
                 try:
@@ -242,18 +261,17 @@ class Listener:
                     )
                 except OSError as error:
                     if self._is_end(error):
-                        return None
+                        break
+        return None
 
     def _is_end(self, error: OSError) -> bool:
         """Whether a failed receive means that nobody is left; if not, receive again.
 
         ENOENT is said both for that and for a caller that died just before it was received.
         """
-        if error.errno == errno.EINTR:
-            return False
-        if error.errno != errno.ENOENT:
-            raise error
-        return bool(poll_until(self._number, 0, 0.0) & select.POLLHUP)
+        if error.errno in {errno.ENOENT, errno.EINTR} or self._fd.closed:
+            return self.ended
+        raise error
 
     def _count_gone(self) -> None:
         with self._counting:

@@ -11,19 +11,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vfiomig.descriptors import poll_until
+from vfiomig.descriptors import Fd, poll_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType, TracebackType
     from typing import Self
 
-    from vfiomig.descriptors import Fd
+    from vfiomig.descriptors import HasFileno
     from vfiomig.doors.syscall.notify import Listener
 
 __all__ = ("Program", "relaying_signals")
 
 REAP_INTERVAL = 1.0
+LAST_ORPHANS_TIMEOUT = 1.0
 
 # Programs of this process that are not collected yet: no other may take them for its orphans.
 _uncollected: set[int] = set()
@@ -55,21 +56,14 @@ class Program:
     def wait(self, deadline: float | None = None) -> int:
         """Wait for the program's end and return its exit code.
 
-        Its descendants may live on; the listener's receiver ends with the last of them.
+        Its descendants may live on, and are served as before.
 
         Raises:
             TimeoutError: ``deadline`` (monotonic) came first; the program goes on.
 
         """
-        while self.exit_code is None:
-            pause = time.monotonic() + REAP_INTERVAL
-            if poll_until(
-                self.pidfd, select.POLLIN, pause if deadline is None else min(pause, deadline)
-            ):
-                break
-            self.reap_orphans()
-            if deadline is not None and time.monotonic() >= deadline:
-                raise TimeoutError(f"process {self.pid} still runs")
+        if self.exit_code is None:
+            self._await(self.pidfd, select.POLLIN, deadline)
         with self._collecting:
             if self.exit_code is None:
                 _, status = os.waitpid(self.pid, 0)
@@ -78,6 +72,30 @@ class Program:
                 _uncollected.discard(self.pid)
         self.reap_orphans()
         return self.exit_code
+
+    def wait_for_descendants(self, deadline: float | None = None) -> None:
+        """Wait, after the program's own end, for that of the last process that came from it.
+
+        The receivers end then. On kernels before 6.11 they do so only if orphans are collected,
+        which happens here.
+
+        Raises:
+            TimeoutError: ``deadline`` (monotonic) came first; they go on.
+
+        """
+        if not self.listener.ended:
+            self._await(self.listener, select.POLLHUP, deadline)
+
+    def _await(self, fd: HasFileno, event: int, deadline: float | None) -> None:
+        """Wait for ``event``, and collect orphans meanwhile."""
+        while True:
+            pause = time.monotonic() + REAP_INTERVAL
+            turn = pause if deadline is None else min(pause, deadline)
+            if poll_until(fd, event & select.POLLIN, turn) & event:
+                return
+            self.reap_orphans()
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"process {self.pid}, or what came from it, still runs")
 
     def send_signal(self, number: int) -> bool:
         """Send a signal; ``False`` if the program has ended."""
@@ -90,28 +108,34 @@ class Program:
     def close(self) -> None:
         """Kill the program if it still runs, collect it, and give the listener up.
 
-        Descendants that live on get ENOSYS for every call that the filter stops. Close after
-        the receivers have ended, or they would use a listener of somebody else.
+        Descendants that live on get ENOSYS for every call that the filter stops.
         """
         if self.pidfd.closed:
             return
         if self.exit_code is None:
             self.send_signal(signal.SIGKILL)
             self.wait()
+        if self.listener.ended:
+            # All descendants are on their way out; the last of them come to this process now.
+            deadline = time.monotonic() + LAST_ORPHANS_TIMEOUT
+            while self.reap_orphans(deadline):
+                pass
         self.listener.close()
         self.pidfd.close()
 
-    def reap_orphans(self) -> int:
+    def reap_orphans(self, deadline: float | None = None) -> int:
         """Collect ended descendants that were left to this process; return how many.
 
-        This process may have other children, which belong to others: ours are those with more
-        seccomp filters than this process has.
+        With ``deadline`` (monotonic) also those that end until then. This process may have other
+        children, which belong to others: ours have more seccomp filters than this process.
         """
         own_filters = _status_number("self", "Seccomp_filters")
         reaped = 0
-        for pid in _children():
+        for pid in list(_children()):
             if pid in _uncollected or _status_number(pid, "Seccomp_filters") <= own_filters:
                 continue
+            if deadline is not None:
+                _await_end(pid, deadline)
             with suppress(ChildProcessError):
                 reaped += os.waitpid(pid, os.WNOHANG)[0] == pid
         return reaped
@@ -146,6 +170,11 @@ def relaying_signals(program: Program) -> Iterator[None]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+def _await_end(pid: int, deadline: float) -> None:
+    with suppress(ProcessLookupError), Fd(os.pidfd_open(pid)) as pidfd:
+        poll_until(pidfd, select.POLLIN, deadline)
 
 
 def _children() -> Iterator[int]:
