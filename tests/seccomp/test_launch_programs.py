@@ -362,3 +362,12 @@ def test_two_programs_are_served_side_by_side() -> None:
     first, second = (Served(["sh", "-c", f"sleep 0.1; echo {name}"]) for name in "ab")
     assert second.finish().output == "b\n"
     assert first.finish().output == "a\n"
+
+
+def test_the_program_is_killed_when_the_thread_that_launched_it_ends() -> None:
+    """The kernel counts the thread as the parent: it must outlive the program."""
+    launched: list[Served] = []
+    thread = threading.Thread(target=lambda: launched.append(Served(["sleep", "60"])))
+    thread.start()
+    thread.join()
+    assert launched[0].finish().code == 128 + signal.SIGKILL
