@@ -9,7 +9,11 @@ Reset and hook failures can come from any thread, also while the lock is held fo
 from inside a session's own code. They leave a note and go on; whoever holds the lock carries the
 note out before letting go of it (*deferred reset*). A request that races with a reset may
 therefore succeed, with a descriptor, and find the device in RUNNING and the descriptor dead. The
-lock is never held while a caller's memory is touched.
+lock is never held while a caller's memory is touched, nor while a session's code is waited for,
+but for the verdict of ``load``.
+
+A failure in a session's code is the device's only as long as that session is the current one:
+what comes from the code of an older one, which may hang and fail much later, is merely logged.
 
 Contracts: ``enum vfio_device_mig_state`` in include/uapi/linux/vfio.h; docs/protocol.md, "reset".
 """
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import operator
 import threading
 import time
 from dataclasses import dataclass
@@ -25,7 +30,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from vfiomig.core.resuming import ResumingMigf
 from vfiomig.core.saving import SavingMigf
-from vfiomig.device import Device, SessionBody
+from vfiomig.core.transfer import as_errno
+from vfiomig.device import Device, PrecopyInfo, SessionBody
 from vfiomig.errors import DeviceError
 from vfiomig.fsm import PRE_COPY_GROUP, Arc, Capability, SessionKind, State, path, session_kind
 
@@ -34,7 +40,7 @@ if TYPE_CHECKING:
 
     from vfiomig.core.transfer import Migf
 
-__all__ = ("ArcEvent", "Migration", "Outcome")
+__all__ = ("ArcEvent", "Migration", "Outcome", "as_u64")
 
 log = logging.getLogger("vfiomig.core")
 T = TypeVar("T")
@@ -72,6 +78,26 @@ class Outcome(NamedTuple):
     final_state: State | None
     errno: int
     migf: Migf | None
+
+
+def as_u64(number: int) -> int:
+    """Fit an estimate into the 64 bits that carry it."""
+    return max(0, min(operator.index(number), (1 << 64) - 1))
+
+
+def _estimate(answer: PrecopyInfo | tuple[int, int] | None) -> PrecopyInfo | None:
+    if answer is None:
+        return None
+    initial_bytes, dirty_bytes, reinit = PrecopyInfo(*answer)
+    return PrecopyInfo(as_u64(initial_bytes), as_u64(dirty_bytes), bool(reinit))
+
+
+def _answer(
+    answer: tuple[State | None, int, SessionBody | None],
+) -> tuple[State | None, int, SessionBody | None]:
+    """Check what a device with whole control says; a ``ValueError`` is its bug."""
+    final, failure, body = answer
+    return None if final is None else State(final), failure and as_errno(failure), body
 
 
 class Migration:
@@ -128,27 +154,47 @@ class Migration:
         """Ask the device for its ``stop_copy_length``; its errno is the caller's."""
         self._state_lock.acquire()
         try:
-            size = self.ask_locked("state_size", self.device.state_size)
+            size, failure = self._call("state_size", lambda: as_u64(self.device.state_size()))
         finally:
             self._unlock()
-        return max(0, min(size or 0, (1 << 64) - 1))
+        if size is None:
+            raise OSError(failure, "state_size()")
+        return size
 
-    def while_in_precopy(self, question: Callable[[], T]) -> T:
-        """Answer ``question`` under the state lock; EINVAL outside the pre-copy states."""
+    def precopy_info(self, migf: Migf) -> PrecopyInfo | None:
+        """Ask the device what it will yet yield; ``None`` if it leaves that to a look.
+
+        Raises:
+            OSError: EINVAL outside the pre-copy states, ENODEV if ``migf`` is not the current
+                session any more, or the device's errno.
+        """
         self._state_lock.acquire()
         try:
             if self._state not in PRE_COPY_GROUP:
                 raise OSError(errno.EINVAL, f"the device is in {self._state.name}")
-            return question()
+            if migf.dead:
+                raise OSError(errno.ENODEV, "the session is over")
+            estimate, failure = self._call(
+                "precopy_info", lambda: _estimate(self.device.precopy_info())
+            )
         finally:
             self._unlock()
-
-    def ask_locked(self, hook: str, call: Callable[[], T]) -> T | None:
-        """Run a hook that only informs; the errno of its failure is raised."""
-        answer, failure = self._call(hook, call)
         if failure:
-            raise OSError(failure, f"{hook}()")
-        return answer
+            raise OSError(failure, "precopy_info()")
+        return estimate
+
+    def beside(self, hook: str, call: Callable[[], T]) -> T:
+        """Run a hook that belongs to no arc, such as a region's, without the state lock."""
+        try:
+            return call()
+        except DeviceError as refusal:
+            if refusal.fatal:
+                self.fail()
+            raise OSError(as_errno(refusal.errno or 0), f"{hook}: {refusal}") from refusal
+        except Exception as bug:
+            log.exception("%s: %s raised; the device goes to ERROR", self.name, hook)
+            self.fail()
+            raise OSError(errno.EIO, f"{hook} has a bug") from bug
 
     def reset(self) -> int:
         """Reset the device, or have whoever is busy with it do that; return an errno or 0."""
@@ -169,6 +215,9 @@ class Migration:
         self._state_lock.acquire()
         try:
             _, failure = self._call("start", self.device.start)
+            if self._state is State.ERROR:
+                self._call("reset", self.device.reset)  # nobody has it, so nobody else could
+            self._state = State.RUNNING
             return failure
         finally:
             self._unlock()
@@ -190,12 +239,18 @@ class Migration:
                 self._call("stop", self.device.stop)
             self._state = State.RUNNING
             self.precopy_v2 = False
+            self._forget_failures()
         finally:
             self._unlock()
 
-    def fail(self) -> None:
-        """Note that the device cannot go on: ERROR, from where only a reset leads back."""
+    def fail(self, migf: Migf | None = None) -> None:
+        """Note that the device cannot go on: ERROR, from where only a reset leads back.
+
+        ``migf`` is the session whose code failed, if it was one's.
+        """
         with self._notes_lock:
+            if migf is not None and migf is not self._migf:
+                return
             self._error_noted = True
             free = self._state_lock.acquire(blocking=False)
         if free:
@@ -246,43 +301,59 @@ class Migration:
             self._open_locked(ResumingMigf(self.name, device.load, self.fail))
         elif arc.opens is SessionKind.SAVING:
             early = arc.target in PRE_COPY_GROUP
-            source, failure = self._call("save", device.precopy if early else device.save)
-            if failure or source is None:
-                return failure or errno.EIO
+            hook, produce = ("precopy", device.precopy) if early else ("save", device.save)
+            source, failure = self._call(hook, lambda: iter(produce()))
+            if source is None:
+                return failure
             self._open_locked(SavingMigf(self.name, source, self.fail, precopy=early))
         elif arc.target is State.STOP_COPY:
             assert isinstance(self._migf, SavingMigf)
-            rest, failure = self._call("save", device.save)
-            if failure or rest is None:
-                return failure or errno.EIO
+            rest, failure = self._call("save", lambda: iter(device.save()))
+            if rest is None:
+                return failure
             self._migf.stop_copy(rest)
         return 0
 
     def _hand_over_locked(self, requested: int) -> Outcome:
         """Let a device do the whole request itself, and draw the consequences."""
         answer, failure = self._call(
-            "migration_set_state", lambda: self.device.migration_set_state(requested)
+            "migration_set_state", lambda: _answer(self.device.migration_set_state(requested))
         )
-        if failure or answer is None:
-            return Outcome(self._state, failure or errno.EIO, None)
+        if answer is None:
+            return Outcome(self._state, failure, None)
         final, failure, body = answer
-        reached = State.ERROR if final is None else State(final)
-        if session_kind(reached) is not session_kind(self._state):
-            self._end_session_locked()
-        self._state = reached
+        reached = State.ERROR if final is None else final
+        self._follow_locked(reached)
         if failure or body is None:
-            return Outcome(None if final is None else reached, failure, None)
+            return Outcome(final, failure, None)
         if reached != requested or session_kind(reached) is None:
             log.error("%s: a session before its state is reached: dropped", self.name)
-            return Outcome(None if final is None else reached, errno.EINVAL, None)
-        return Outcome(reached, 0, self._open_body_locked(reached, body))
+            return Outcome(final, errno.EINVAL, None)
+        migf, failure = self._call(
+            "migration_set_state", lambda: self._open_body_locked(reached, body)
+        )
+        return Outcome(self._state, failure, migf)
+
+    def _follow_locked(self, reached: State) -> None:
+        """Do to the session what follows from the state that a device went to by itself."""
+        if session_kind(reached) is not session_kind(self._state):
+            self._end_session_locked()
+        elif reached is State.STOP_COPY and self._state in PRE_COPY_GROUP:
+            assert isinstance(self._migf, SavingMigf | None)
+            if self._migf is not None:
+                self._migf.stop_copy(None)
+        self._state = reached
 
     def _open_body_locked(self, reached: State, body: SessionBody) -> Migf:
         self._end_session_locked()
-        if callable(body):
+        if reached is State.RESUMING:
+            if not callable(body):
+                raise TypeError(f"RESUMING wants what loads, not {body!r}")
             return self._open_locked(ResumingMigf(self.name, body, self.fail))
+        if callable(body):
+            raise TypeError(f"{reached.name} wants the bytes to send, not {body!r}")
         early = reached in PRE_COPY_GROUP
-        return self._open_locked(SavingMigf(self.name, body, self.fail, precopy=early))
+        return self._open_locked(SavingMigf(self.name, iter(body), self.fail, precopy=early))
 
     # Sessions, ERROR and reset.
 
@@ -310,14 +381,24 @@ class Migration:
         """Do a reset: sessions die, the device is as after power-on and running."""
         self._end_session_locked()
         self._join_sessions_locked()
+        self._forget_failures()
         _, failure = self._call("reset", self.device.reset)
-        if not failure and RUN_LEVEL.get(self._state) != "start":
+        if failure:
+            if session_kind(self._state) is not None:
+                self._enter_error_locked()  # its session is gone, so it cannot stay
+            return failure
+        if RUN_LEVEL.get(self._state) != "start":
             _, failure = self._call("start", self.device.start)
-        if not failure:
+        if failure:
+            self._enter_error_locked()  # blank and not running is none of the states
+        else:
             self._state = State.RUNNING
-        elif session_kind(self._state) is not None:
-            self._enter_error_locked()  # its session is gone, so it cannot stay
         return failure
+
+    def _forget_failures(self) -> None:
+        """Drop the note of a failure that came before a reset: that is what the reset mended."""
+        with self._notes_lock:
+            self._error_noted = False
 
     def _unlock(self) -> None:
         """Let go of the state, after carrying out what others left for whoever holds it."""
@@ -344,7 +425,7 @@ class Migration:
             return call(), 0
         except DeviceError as refusal:
             log.debug("%s: %s() refused: %s", self.name, hook, refusal)
-            failure, fatal = refusal.errno or errno.EIO, refusal.fatal
+            failure, fatal = as_errno(refusal.errno or 0), refusal.fatal
         except Exception:
             log.exception("%s: %s() raised; the device goes to ERROR", self.name, hook)
             failure, fatal = errno.EIO, True

@@ -18,13 +18,14 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from vfiomig.core.transfer import Migf, SessionAborted, Transfer
+from vfiomig.core.transfer import Migf, SessionAborted, Transfer, as_errno
 from vfiomig.device import StateReader
-from vfiomig.errors import DeviceError
 from vfiomig.fsm import SessionKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from vfiomig.errors import DeviceError
 
 __all__ = ("ResumingMigf",)
 
@@ -35,9 +36,9 @@ class ResumingMigf(Migf):
     kind = SessionKind.RESUMING
 
     def __init__(
-        self, name: str, load: Callable[[StateReader], None], on_bug: Callable[[], None]
+        self, name: str, load: Callable[[StateReader], None], on_fatal: Callable[[Migf], None]
     ) -> None:
-        super().__init__(name, on_bug)
+        super().__init__(name, on_fatal)
         self._load = load
         self._ended = False  # no more writes: readinto() returns what there is
         self._returned = False  # load() is over
@@ -67,10 +68,12 @@ class ResumingMigf(Migf):
             raise failure
 
     def _at_once_locked(self, transfer: Transfer) -> int | None:
-        if self._returned or self._ended:
-            return -errno.ENODEV if self._failure else -errno.ENOMEM
+        if self._ended:
+            return -errno.ENODEV  # leaving RESUMING: whatever load() says, no session follows
         if not transfer.size:
             return 0
+        if self._returned:
+            return -errno.ENOMEM
         wanted = self._wanted
         if wanted is None or self._queue or transfer.size >= len(wanted):
             return None
@@ -101,19 +104,17 @@ class ResumingMigf(Migf):
         failure: DeviceError | None = None
         try:
             self._load(Reader(self))
-        except DeviceError as refusal:
-            failure = refusal
-            if refusal.fatal:
-                self._on_bug()
-        except Exception as problem:  # noqa: BLE001 - hook boundary: any other is the author's bug
-            failure = DeviceError(self._errno_of(problem, "load"), "load() has a bug", fatal=True)
+        except BaseException as problem:  # noqa: BLE001 - hook boundary: all others are bugs
+            failure = self._refusal(problem, "load")
         with self._condition:
             self._returned = True
             self._failure = failure
             self.dead = self.dead or failure is not None
-            self._answer_rest_locked(-(failure.errno or errno.EIO) if failure else 0)
+            self._answer_rest_locked(-as_errno(failure.errno or 0) if failure else 0)
             self._condition.notify_all()
         self._changed()
+        if failure is not None and failure.fatal:
+            self._on_fatal(self)
 
     def _answer_rest_locked(self, error: int) -> None:
         """Answer the writes that ``load`` leaves behind: the held one, then those in the queue."""
@@ -171,4 +172,7 @@ class Reader(StateReader):
         self._migf = migf
 
     def readinto(self, buffer: bytearray | memoryview) -> int:
-        return self._migf.fill(memoryview(buffer).cast("B"))
+        view = memoryview(buffer).cast("B")
+        if view.readonly:
+            raise TypeError("readinto() needs a buffer that can be written")
+        return self._migf.fill(view)

@@ -6,7 +6,8 @@ The author's iterables are walked one buffer at a time; what a read did not take
 stays in ``_view`` for the next. Where the stream is: ``TEMPORARY_END`` after ``precopy`` said
 "nothing now" (ENOMSG, and the next read asks again), ``PERMANENT_END`` after ``save`` ended in
 STOP_COPY (0 for ever), ``MORE`` otherwise. A read that has bytes returns them first; an error or
-an end that it meets after them is for the next read. Rules: ``VFIO_MIG_GET_PRECOPY_INFO`` and
+an end that it meets after them is for the next read. A read of no bytes gets 0, whatever the
+stream has. Rules: ``VFIO_MIG_GET_PRECOPY_INFO`` and
 ``enum vfio_device_mig_state`` in include/uapi/linux/vfio.h; docs/protocol.md, sessions.
 """
 
@@ -17,12 +18,14 @@ import threading
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from vfiomig.core.transfer import Migf, Transfer
+from vfiomig.core.transfer import Migf, Transfer, as_errno
 from vfiomig.device import Buffer, PrecopyInfo
 from vfiomig.fsm import SessionKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
+
+    from vfiomig.errors import DeviceError
 
 __all__ = ("SavingMigf",)
 
@@ -58,34 +61,41 @@ class SavingMigf(Migf):
     def __init__(
         self,
         name: str,
-        source: Iterable[Buffer],
-        on_bug: Callable[[], None],
+        source: Iterator[Buffer],
+        on_fatal: Callable[[Migf], None],
         *,
         precopy: bool,
     ) -> None:
-        super().__init__(name, on_bug)
-        self._source: Iterator[Buffer] = iter(source)
-        self._precopy: Iterator[Buffer] | None = self._source if precopy else None
+        super().__init__(name, on_fatal)
+        self._sources = [source]  # all that there were, for the end to close
+        self._source = source
+        self._precopy: Iterator[Buffer] | None = source if precopy else None
         self._stop_copy = not precopy
         self._initial = precopy  # what is at hand belongs to the initial data
         self._initial_limit: int | None = None  # initial_bytes may only fall
         self._view = EMPTY
         self._position = Position.MORE
-        self._error = 0
+        self._failure: DeviceError | None = None  # for the next read to tell
         self._end_due = False  # a read met the temporary end behind its bytes: the next tells
         self._active: Transfer | None = None
         self._active_done = 0  # bytes that it has moved
+        self._fatal = False  # a failure means that the device cannot go on
 
     @property
     def ready(self) -> bool:
         return bool(self._view) or self._position is not Position.TEMPORARY_END
 
-    def stop_copy(self, rest: Iterable[Buffer]) -> None:
-        """Enter STOP_COPY: what ``precopy`` still has, then ``rest``, then the permanent end."""
+    def stop_copy(self, rest: Iterator[Buffer] | None) -> None:
+        """Enter STOP_COPY: what ``precopy`` still has, then ``rest``, then the permanent end.
+
+        Without ``rest`` the one source goes on, and its end is the permanent one.
+        """
         with self._condition:
-            self._source = iter(rest)
             self._stop_copy = True
-            if self._position is not Position.MORE:
+            if rest is not None:
+                self._sources.append(rest)
+                self._source = rest
+            if rest is None or self._position is not Position.MORE:
                 self._precopy = None
             self._position = Position.MORE
             self._end_due = False
@@ -99,15 +109,23 @@ class SavingMigf(Migf):
                 self._end_due = False
         self._changed()
 
-    def account(self, rest: PrecopyInfo, *, look: bool, reinit_heard: bool) -> PrecopyInfo:
-        """Add what is at hand to ``rest``, the device's estimate of what it will yet yield.
+    def end(self) -> None:
+        super().end()
+        with self._condition:
+            self._view = EMPTY  # a device cannot resize what is still held
 
-        With ``look`` there is no estimate: the next buffer is taken instead if none is at hand.
-        """
-        if look and not self._view:
-            looked = threading.Event()
-            self.submit(Peek(looked.set))
-            looked.wait()
+    def look(self) -> None:
+        """Have the next buffer at hand if there is one, as a read of it would."""
+        looked = threading.Event()
+        with self._condition:
+            if self.dead or self._view or self._failure is not None:
+                return
+            self._queue.append(Peek(looked.set))
+            self._wake_locked()
+        looked.wait()
+
+    def account(self, rest: PrecopyInfo, *, reinit_heard: bool) -> PrecopyInfo:
+        """Add what is at hand to ``rest``, what the device will yet yield."""
         with self._condition:
             reinit = rest.reinit and reinit_heard
             self._initial = self._initial or reinit
@@ -123,14 +141,16 @@ class SavingMigf(Migf):
             return PrecopyInfo(initial, dirty, reinit)
 
     def _at_once_locked(self, transfer: Transfer) -> int | None:
+        if not transfer.size:
+            return 0
         if self._queue or self._active is not None:
             return None
-        if self._error:
-            return self._take_error_locked()
-        if self._end_due and transfer.size:
+        if self._failure is not None:
+            return self._take_failure_locked(self._failure)
+        if self._end_due:
             self._end_due = False
             return -errno.ENOMSG
-        if self._view and 0 < transfer.size <= len(self._view):
+        if self._view and transfer.size <= len(self._view):
             return self._copy_locked(transfer, 0) or -errno.EFAULT
         if self._position is Position.PERMANENT_END and not self._view:
             return 0
@@ -140,14 +160,15 @@ class SavingMigf(Migf):
         """Move what ``_view`` has for this transfer; return the bytes moved."""
         size = min(len(self._view), transfer.size - done)
         moved = transfer.move(self._view[:size], done)
-        self._view = self._view[moved:]
+        self._view = self._view[moved:] if moved < len(self._view) else EMPTY
         self.moved += moved
         return moved
 
-    def _take_error_locked(self) -> int:
-        error, self._error = self._error, 0
+    def _take_failure_locked(self, failure: DeviceError) -> int:
+        self._failure = None
         self.dead = True  # it ends the session: what follows could not be put in its place
-        return -error
+        self._condition.notify_all()
+        return -as_errno(failure.errno or 0)
 
     def _give_up_locked(self, transfer: Transfer) -> int | None:
         if transfer is self._active:
@@ -169,9 +190,14 @@ class SavingMigf(Migf):
                 if self._active is transfer:
                     self._active = None
                     transfer.finish(result)
+                fatal, self._fatal = self._fatal, False
             self._changed()
+            if fatal:
+                self._on_fatal(self)
         with self._condition:
-            self._refuse_waiting_locked()  # an error may have ended the session, not end()
+            self._refuse_waiting_locked()  # a failure may have ended the session, not end()
+            self._view = EMPTY
+        self._changed()
         self._close_sources()
 
     def _next_transfer(self) -> Transfer | None:
@@ -185,11 +211,11 @@ class SavingMigf(Migf):
 
     def _serve(self, transfer: Transfer) -> int:
         """Carry one transfer out as far as the stream goes now."""
-        done = 0
+        done, more = 0, True
         while True:
             with self._condition:
                 if self._active is not transfer:
-                    return done  # the session ended: the caller has its answer
+                    return done  # it has its answer: the session is over, or it was taken back
                 if self._view and done < transfer.size:
                     wanted = min(len(self._view), transfer.size - done)
                     moved = self._copy_locked(transfer, done)
@@ -199,34 +225,47 @@ class SavingMigf(Migf):
                         return done or -errno.EFAULT
                 if (done and done == transfer.size) or (self._view and not transfer.size):
                     return done
-                if self._error:
-                    return done or self._take_error_locked()
-            if not self._advance():
-                break
-        if done or self._position is Position.PERMANENT_END:
-            self._end_due = self._position is Position.TEMPORARY_END
-            return done
+                if not more:
+                    result = self._end_locked(transfer, done)
+                    if result is not None:
+                        return result
+            more = self._advance()
+
+    def _end_locked(self, transfer: Transfer, done: int) -> int | None:
+        """Answer a transfer that met an end; ``None`` if STOP_COPY or more data came meanwhile."""
+        if self._failure is not None:
+            if done or not transfer.size:
+                return done
+            return self._take_failure_locked(self._failure)
         if self._position is Position.TEMPORARY_END:
-            return -errno.ENOMSG
-        with self._condition:
-            return self._take_error_locked()
+            self._end_due = done > 0
+            return done or -errno.ENOMSG
+        return done if self._position is Position.PERMANENT_END else None
 
     def _advance(self) -> bool:
-        """Run the author's code for the next buffer; ``False`` at an end or after an error."""
-        precopy = self._precopy
+        """Run the author's code for the next buffer; ``False`` at an end or after a failure."""
+        with self._condition:
+            precopy = self._precopy
+            source = self._source if precopy is None else precopy
+            if self._failure is not None:
+                return False
         try:
-            view = memoryview(next(precopy if precopy is not None else self._source)).cast("B")
+            view = memoryview(next(source)).cast("B")
         except StopIteration:
             return self._source_ended(precopy)
-        except Exception as problem:  # noqa: BLE001 - hook boundary: any other is the author's bug
-            self._error = self._errno_of(problem, "save" if precopy is None else "precopy")
+        except BaseException as problem:  # noqa: BLE001 - hook boundary: all others are bugs
+            refusal = self._refusal(problem, "save" if precopy is None else "precopy")
+            with self._condition:
+                self._failure = refusal
+                self._fatal = refusal.fatal
             return False
-        if view:
+        if not view:
+            return precopy is None or self._source_ended(precopy, empty=True)
+        with self._condition:
             self._view = view
             self._position = Position.MORE
             self._end_due = False
-            return True
-        return precopy is None or self._source_ended(precopy, empty=True)
+        return True
 
     def _source_ended(self, precopy: Iterator[Buffer] | None, *, empty: bool = False) -> bool:
         with self._condition:
@@ -244,11 +283,11 @@ class SavingMigf(Migf):
 
     def _close_sources(self) -> None:
         """Let generators run their ``finally`` blocks in the thread that ran them."""
-        for source in (self._precopy, self._source):
+        for source in self._sources:
             close = getattr(source, "close", None)
             if close is None:
                 continue
             try:
                 close()
-            except Exception as problem:  # noqa: BLE001 - hook boundary
-                self._errno_of(problem, "save")
+            except BaseException as problem:  # noqa: BLE001 - hook boundary
+                self._refusal(problem, "save")

@@ -30,13 +30,21 @@ if TYPE_CHECKING:
 
     from vfiomig.fsm import SessionKind
 
-__all__ = ("JOIN_SECONDS", "Migf", "SessionAborted", "Transfer")
+__all__ = ("JOIN_SECONDS", "Migf", "SessionAborted", "Transfer", "as_errno")
 
 log = logging.getLogger("vfiomig.core")
 
 #: How long the end of a session waits for the author's code to notice. It goes on without it
 #: after that: the descriptor is dead already, and the thread ends when the code returns.
 JOIN_SECONDS = 2.0
+
+
+def as_errno(number: int) -> int:
+    """Return what a device chose as its errno; EIO for a number that callers cannot be told.
+
+    From 512 on they are the kernel's own, and make a system call start again.
+    """
+    return number if 0 < number < 512 else errno.EIO
 
 
 class SessionAborted(DeviceError):
@@ -68,12 +76,15 @@ class Migf(ABC):
 
     kind: SessionKind
 
-    def __init__(self, name: str, on_bug: Callable[[], None]) -> None:
-        """``name`` is for logs; ``on_bug`` is called when the author's code has one."""
+    def __init__(self, name: str, on_fatal: Callable[[Migf], None]) -> None:
+        """``name`` is for logs; ``on_fatal`` is called when the device cannot go on.
+
+        That is after the transfer that met the failure has been answered with its errno.
+        """
         self.name = name
         self.dead = False
         self.moved = 0  # bytes, for accounts
-        self._on_bug = on_bug
+        self._on_fatal = on_fatal
         self._condition = threading.Condition(threading.Lock())
         self._queue: deque[Transfer] = deque()
         self._thread: threading.Thread | None = None
@@ -161,12 +172,10 @@ class Migf(ABC):
         for callback in self._watchers:
             callback()
 
-    def _errno_of(self, problem: Exception, hook: str) -> int:
-        """The errno that an exception out of the author's code means for the caller."""
+    def _refusal(self, problem: BaseException, hook: str) -> DeviceError:
+        """What an exception out of the author's code means: a refusal, or a bug, which is fatal."""
         if isinstance(problem, DeviceError):
-            if problem.fatal:
-                self._on_bug()
-            return problem.errno or errno.EIO
-        log.error("%s: %s() raised; the device goes to ERROR", self.name, hook, exc_info=problem)
-        self._on_bug()
-        return errno.EIO
+            return problem
+        outcome = "its session is over already" if self.dead else "the device goes to ERROR"
+        log.error("%s: %s() raised; %s", self.name, hook, outcome, exc_info=problem)
+        return DeviceError(errno.EIO, f"{hook}() has a bug", fatal=True)

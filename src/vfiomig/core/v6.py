@@ -9,6 +9,7 @@ them is turned into EINVAL. docs/protocol.md, "V6".
 from __future__ import annotations
 
 import errno
+import logging
 from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from vfiomig.core.vfio_device import VfioDevice
 
 __all__ = ("mig_set_state",)
+
+log = logging.getLogger("vfiomig.core")
 
 #: What a driver may not say: the core alone does.
 RESERVED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EFAULT)
@@ -45,6 +48,14 @@ def mig_set_state(device: VfioDevice, arg: int, caller: Caller) -> int:
         return 0
     caller.write(arg, bytes(argument))
     if outcome.errno:
-        failure = errno.EINVAL if outcome.errno in RESERVED else outcome.errno
-        raise OSError(failure, "the state was not reached")
+        raise OSError(_driver_errno(device, outcome.errno), "the state was not reached")
     return 0
+
+
+def _driver_errno(device: VfioDevice, failure: int) -> int:
+    """Return what a driver's errno is for the caller."""
+    if failure not in RESERVED:
+        return failure
+    name = errno.errorcode[failure]
+    log.warning("%s: a device may not fail with %s in V6: EINVAL instead", device.name, name)
+    return errno.EINVAL
