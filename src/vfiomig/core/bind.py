@@ -7,6 +7,7 @@ Order of checks: ``vfio_df_ioctl_bind_iommufd``, ``vfio_df_ioctl_attach_pt`` and
 from __future__ import annotations
 
 import errno
+import threading
 from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
@@ -21,30 +22,38 @@ __all__ = ("Binding", "attach_iommufd_pt", "bind_iommufd", "detach_iommufd_pt")
 
 
 class Binding:
-    """What ties one open of a device to an iommufd."""
+    """What ties one open of a device to an iommufd. Safe for concurrent use."""
 
-    def __init__(self, context: Iommufd, name: str) -> None:
-        self.context = context
+    def __init__(self, context: Iommufd, name: str, port: DmaPort) -> None:
         self.devid = context.add(BoundDevice(name))
+        self._context = context
+        self._port = port
+        self._lock = threading.Lock()
         self._table: tuple[int, AttachedTable] | None = None
 
-    def attach(self, number: int, port: DmaPort) -> int:
-        """Let the device reach the IOAS ``number``; return the id of its page table."""
-        table = self.context.attach(number)
-        self.detach(port)
-        self._table = table
-        port.space = table[1].ioas.space
-        return table[0]
+    def attach(self, number: int) -> int:
+        """Let the device reach the IOAS ``number``; return the id of its page table.
 
-    def detach(self, port: DmaPort) -> None:
-        port.space = None
-        if self._table is not None:
-            self.context.detach(*self._table)
-            self._table = None
+        A device that is attached elsewhere is replaced without a moment of neither.
+        """
+        with self._lock:
+            table = self._context.attach(number)
+            former, self._table = self._table, table
+            self._port.space = table[1].ioas.space
+            if former is not None:
+                self._context.detach(*former)
+            return table[0]
 
-    def release(self, port: DmaPort) -> None:
-        self.detach(port)
-        self.context.discard(self.devid)
+    def detach(self) -> None:
+        with self._lock:
+            self._port.space = None
+            if self._table is not None:
+                self._context.detach(*self._table)
+                self._table = None
+
+    def release(self) -> None:
+        self.detach()
+        self._context.discard(self.devid)
 
 
 def bind_iommufd(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
@@ -56,25 +65,12 @@ def bind_iommufd(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
     # No device here asks for a token, and one that is not asked for is refused.
     if argument.flags or argument.iommufd < 0:
         raise OSError(errno.EINVAL, "flags, or no iommufd")
-    if file.binding is not None:
-        raise OSError(errno.EINVAL, "this open is bound already")
-    context = caller.iommufd(argument.iommufd)
-    others = file.device.users - int(file.in_use)
-    if others:
-        raise OSError(errno.EINVAL, "another open is bound")
-    newly = not file.in_use
-    if newly:
-        caller.blocks()
-        file.use()
-    file.binding = Binding(context, file.device.name)
+    caller.blocks()
+    devid = file.bind(lambda: caller.iommufd(argument.iommufd))
     try:
-        caller.write(arg + struct.out_devid.offset, file.binding.devid.to_bytes(4, "little"))
+        caller.write(arg + struct.out_devid.offset, devid.to_bytes(4, "little"))
     except OSError:
-        if newly:
-            file.release()
-        else:
-            file.binding.release(file.device.device.dma)
-            file.binding = None
+        file.unbind()
         raise
     return 0
 
@@ -88,12 +84,11 @@ def attach_iommufd_pt(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
         raise OSError(errno.EINVAL, "argsz or flags")
     _refuse_pasid(flags & vfio.VFIO_DEVICE_ATTACH_PASID, argsz, struct.SIZE)
     binding = _bound(file)
-    port = file.device.device.dma
-    table = binding.attach(pt_id, port)
+    table = binding.attach(pt_id)
     try:
         caller.write(arg + struct.pt_id.offset, table.to_bytes(4, "little"))
     except OSError:
-        binding.detach(port)
+        binding.detach()
         raise
     return 0
 
@@ -106,7 +101,7 @@ def detach_iommufd_pt(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
     if argsz < minsz or flags & ~vfio.VFIO_DEVICE_DETACH_PASID:
         raise OSError(errno.EINVAL, "argsz or flags")
     _refuse_pasid(flags & vfio.VFIO_DEVICE_DETACH_PASID, argsz, struct.SIZE)
-    _bound(file).detach(file.device.device.dma)
+    _bound(file).detach()
     return 0
 
 

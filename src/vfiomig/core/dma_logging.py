@@ -41,16 +41,14 @@ def start(device: VfioDevice, operation: int, payload: int, caller: Caller) -> N
         element = vfio.DmaLoggingRange.parse(caller.read(address, vfio.DmaLoggingRange.SIZE))
         _check_range(element.iova, element.length, control.page_size, ranges)
         ranges.append((element.iova, element.length))
-    if device.dirty_log is not None:
-        raise OSError(errno.EINVAL, "logging has been started already")
     # The hint is what the log keeps if a report could ask for it; units inside are finer anyway.
     if control.page_size < PAGE or control.page_size & (control.page_size - 1):
         control.page_size = PAGE
-    device.set_dirty_log(DirtyLog(ranges))
+    device.start_dirty_log(DirtyLog(ranges))
     try:
         caller.write(payload, bytes(control))
     except OSError:
-        device.set_dirty_log(None)
+        device.stop_dirty_log()
         raise
 
 
@@ -66,7 +64,7 @@ def _check_range(iova: int, length: int, page_size: int, earlier: list[tuple[int
 
 def stop(device: VfioDevice, operation: int, payload: int, caller: Caller) -> None:  # noqa: ARG001 - no payload
     """Stop; stopping twice is no error."""
-    device.set_dirty_log(None)
+    device.stop_dirty_log()
 
 
 def report(device: VfioDevice, operation: int, payload: int, caller: Caller) -> None:  # noqa: ARG001 - GET only
@@ -76,6 +74,12 @@ def report(device: VfioDevice, operation: int, payload: int, caller: Caller) -> 
         raise OSError(errno.EINVAL, "page_size is a power of two from 4096 on")
     if asked.iova + asked.length >= END:
         raise OSError(errno.EOVERFLOW, "the report reaches the end of the address space")
-    if device.dirty_log is None:
+    log = device.dirty_log
+    if log is None:
         raise OSError(errno.EINVAL, "logging has not been started")
-    device.dirty_log.report_into(asked.iova, asked.length, asked.page_size, caller, asked.bitmap)
+    # Also where there is nothing to tell: a bitmap that cannot be written is not found out about
+    # only in the report that matters.
+    bitmap_size = -(-asked.length // (asked.page_size * 64)) * 8
+    if not caller.check(asked.bitmap, bitmap_size, writable=True):
+        raise OSError(errno.EFAULT, "the bitmap cannot be written")
+    log.report_into(asked.iova, asked.length, asked.page_size, caller, asked.bitmap)

@@ -15,7 +15,7 @@ from vfiomig.abi import vfio
 
 if TYPE_CHECKING:
     from vfiomig.core.caller import Caller
-    from vfiomig.core.vfio_device import VfioDeviceFile
+    from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
     from vfiomig.device import Device
 
 __all__ = (
@@ -84,26 +84,32 @@ def device_get_irq_info(file: VfioDeviceFile, arg: int, caller: Caller) -> int: 
     return 0
 
 
-def read_region(device: Device, offset: int, length: int) -> bytes:
+def read_region(served: VfioDevice, offset: int, length: int) -> bytes:
     """Read at an offset of the descriptor; EINVAL outside the regions, EFAULT outside config."""
+    if not length:
+        return b""
+    device = served.device
     index, at, length = _locate(device, offset, length)
     if index == CONFIG:
         return configuration(device)[at : at + length]
     region = device.regions[index]
     if not region.readable:
         raise OSError(errno.EINVAL, f"{region.name} cannot be read")
-    return region.read(device, at, length)
+    return served.migration.beside(region.name, lambda: region.read(device, at, length))
 
 
-def write_region(device: Device, offset: int, data: bytes) -> int:
+def write_region(served: VfioDevice, offset: int, data: bytes) -> int:
     """Write at an offset of the descriptor; return the bytes that lie inside the region."""
+    if not data:
+        return 0
+    device = served.device
     index, at, length = _locate(device, offset, len(data))
     if index == CONFIG:
         return length  # every bit of this header is read-only
     region = device.regions[index]
     if not region.writable:
         raise OSError(errno.EINVAL, f"{region.name} cannot be written")
-    region.write(device, at, data[:length])
+    served.migration.beside(region.name, lambda: region.write(device, at, data[:length]))
     return length
 
 

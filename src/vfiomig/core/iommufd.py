@@ -73,10 +73,18 @@ class Iommufd:
         handler, responds = served
         failure = handler(self, argument, caller)
         if responds:
-            caller.write(arg, bytes(argument)[:size])
+            self._respond(argument, size, arg, caller)
         if failure:
             raise OSError(failure, row.name)
         return 0
+
+    def _respond(self, argument: UapiStruct, size: int, arg: int, caller: Caller) -> None:
+        try:
+            caller.write(arg, bytes(argument)[:size])
+        except OSError:
+            if isinstance(argument, abi.IoasAlloc):
+                self.discard(argument.out_ioas_id)  # nobody knows its id
+            raise
 
     def add(self, thing: Object) -> int:
         with self._lock:
@@ -98,18 +106,20 @@ class Iommufd:
 
     def attach(self, number: int) -> tuple[int, AttachedTable]:
         """Make the page table through which a device uses an IOAS; return its id as well."""
-        thing = self._objects.get(number)
-        if thing is None:
-            raise OSError(errno.ENOENT, f"no object has the id {number}")
-        if not isinstance(thing, Ioas):
-            raise OSError(errno.EINVAL, f"the object {number} is no IOAS")
-        thing.users += 1
+        with self._lock:
+            thing = self._objects.get(number)
+            if thing is None:
+                raise OSError(errno.ENOENT, f"no object has the id {number}")
+            if not isinstance(thing, Ioas):
+                raise OSError(errno.EINVAL, f"the object {number} is no IOAS")
+            thing.users += 1
         table = AttachedTable(thing)
         return self.add(table), table
 
     def detach(self, number: int, table: AttachedTable) -> None:
-        table.ioas.users -= 1
-        self.discard(number)
+        with self._lock:
+            table.ioas.users -= 1
+            self._objects.pop(number, None)
 
     def remove(self, number: int) -> int:
         with self._lock:
@@ -183,8 +193,6 @@ def ioas_map(context: Iommufd, argument: abi.IoasMap, caller: Caller) -> int:
         raise OSError(errno.EOVERFLOW, "user_va + length")
     if argument.user_va % ALIGNMENT:
         raise OSError(errno.EINVAL, "user_va is not aligned to a page")
-    if not argument.flags & abi.IOMMU_IOAS_MAP_FIXED_IOVA:
-        argument.iova = space.find_free(argument.length)
     mapping = Mapping(
         iova=argument.iova,
         length=argument.length,
@@ -193,10 +201,15 @@ def ioas_map(context: Iommufd, argument: abi.IoasMap, caller: Caller) -> int:
         readable=readable,
         writable=writable,
     )
-    space.map(mapping)
-    if not caller.check(mapping.address, mapping.length, writable=writable):
+    present = caller.check(mapping.address, mapping.length, writable=writable)
+    if argument.flags & abi.IOMMU_IOAS_MAP_FIXED_IOVA:
+        space.map(mapping)
+    else:
+        mapping = space.map_anywhere(mapping)
+    if not present:  # only now: that the IOVA is taken comes before it
         space.unmap(mapping.iova, mapping.length)
         raise OSError(errno.EFAULT, "not all of the memory is there, or may be used so")
+    argument.iova = mapping.iova
     return 0
 
 

@@ -26,6 +26,7 @@ from vfiomig.fsm import Capability
 from vfiomig.iommu import DirtyLog, DmaPort
 
 if TYPE_CHECKING:
+    from vfiomig.core.iommufd import Iommufd
     from vfiomig.core.transfer import Migf
     from vfiomig.device import Device
 
@@ -45,13 +46,15 @@ class VfioDevice:
         self.name = name
         self.dialect = dialect
         #: What the device can; V6 shows the seed's five states of it.
-        self.capabilities = device.capabilities
-        shown = Capability.STOP_COPY if dialect is Dialect.V6 else device.capabilities
-        self.migration = Migration(device, name, shown & device.capabilities)
+        self.capabilities = Capability(device.capabilities)
+        shown = Capability.STOP_COPY if dialect is Dialect.V6 else self.capabilities
+        self.migration = Migration(device, name, shown & self.capabilities)
         self.dirty_log: DirtyLog | None = None
         self.users = 0
-        #: Held while opens come and go; never while an arc is taken on their behalf.
+        self.bound = False
+        #: Held while opens come and go, with the hooks that they call.
         self.open_lock = threading.Lock()
+        self._log_lock = threading.Lock()
         device.dma = DmaPort()
 
     def open(self) -> VfioDeviceFile:
@@ -62,13 +65,23 @@ class VfioDevice:
         """
         file = VfioDeviceFile(self)
         if self.dialect is Dialect.V6:
-            file.use()
+            with self.open_lock:
+                file.use_locked()
         return file
 
-    def set_dirty_log(self, log: DirtyLog | None) -> None:
-        """Start or end DMA logging."""
-        self.dirty_log = log
-        self.device.dma.logs = () if log is None else (log,)
+    def start_dirty_log(self, log: DirtyLog) -> None:
+        """Begin DMA logging: EINVAL if there is a log already."""
+        with self._log_lock:
+            if self.dirty_log is not None:
+                raise OSError(errno.EINVAL, "logging has been started already")
+            self.dirty_log = log
+            self.device.dma.logs = (log,)
+
+    def stop_dirty_log(self) -> None:
+        """End DMA logging; twice is no error."""
+        with self._log_lock:
+            self.dirty_log = None
+            self.device.dma.logs = ()
 
     def data_ioctl(self, migf: Migf, number: int, arg: int, caller: Caller) -> int:
         """Answer a request on a data_fd of this device."""
@@ -101,42 +114,76 @@ class VfioDeviceFile:
     def pread(self, offset: int, length: int) -> bytes:
         """Read from the region that ``offset`` lies in; fewer bytes at its end."""
         self._require_access()
-        return info.read_region(self.device.device, offset, length)
+        return info.read_region(self.device, offset, length)
 
     def pwrite(self, offset: int, data: bytes) -> int:
         """Write to the region that ``offset`` lies in; return how many bytes it took."""
         self._require_access()
-        return info.write_region(self.device.device, offset, data)
+        return info.write_region(self.device, offset, data)
 
     def _require_access(self) -> None:
         if not self.in_use:
             raise OSError(errno.EINVAL, "the device has not been bound to an iommufd")
 
-    def use(self) -> None:
+    def use_locked(self) -> None:
         """Count as a user of the device; the first one starts it."""
         device = self.device
+        if not device.users:
+            failure = device.migration.first_open()
+            if failure:
+                raise OSError(failure, f"{device.name} does not start")
+        device.users += 1
+        self.in_use = True
+
+    def bind(self, find_context: Callable[[], Iommufd]) -> int:
+        """Tie this open to an iommufd; return the device's id there.
+
+        Raises:
+            OSError: EINVAL if this open or another one is bound, the errno of ``find_context``
+                or of the device's ``start``.
+        """
+        device = self.device
         with device.open_lock:
-            if not device.users:
-                failure = device.migration.first_open()
-                if failure:
-                    raise OSError(failure, f"{device.name} does not start")
-            device.users += 1
-            self.in_use = True
+            if self.binding is not None:
+                raise OSError(errno.EINVAL, "this open is bound already")
+            context = find_context()
+            if device.bound:
+                raise OSError(errno.EINVAL, "another open is bound")
+            if not self.in_use:
+                self.use_locked()
+            device.bound = True
+            self.binding = bind.Binding(context, device.name, device.device.dma)
+            return self.binding.devid
+
+    def unbind(self) -> None:
+        """Undo ``bind``: in the landed dialect nobody uses the device then."""
+        with self.device.open_lock:
+            if self.device.dialect is Dialect.LANDED:
+                self._leave_locked()
+            self._unbind_locked()
 
     def release(self) -> None:
         """Last close: what this open held is given up, and the device with the last user."""
-        if self.binding is not None:
-            self.binding.release(self.device.device.dma)
-            self.binding = None
+        with self.device.open_lock:
+            self._leave_locked()
+            self._unbind_locked()
+
+    def _leave_locked(self) -> None:
         device = self.device
-        with device.open_lock:
-            if not self.in_use:
-                return
-            self.in_use = False
-            device.users -= 1
-            if not device.users:
-                device.set_dirty_log(None)
-                device.migration.last_close()
+        if not self.in_use:
+            return
+        self.in_use = False
+        device.users -= 1
+        if not device.users:
+            # Before the binding goes: a device may have DMA to finish in order to stop.
+            device.migration.last_close()
+            device.stop_dirty_log()
+
+    def _unbind_locked(self) -> None:
+        if self.binding is not None:
+            self.binding.release()
+            self.binding = None
+            self.device.bound = False
 
 
 def _feature(file: VfioDeviceFile, arg: int, caller: Caller) -> int:

@@ -27,7 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
-from vfiomig.device.region import PciIdentity, Region
+from vfiomig.device.region import BAR_NAMES, PciIdentity, Region
 from vfiomig.errors import StateRejected
 from vfiomig.fsm import Capability, State, require_legal
 
@@ -87,9 +87,12 @@ class Device:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.regions = cls.regions | {
-            value.index: value for value in vars(cls).values() if isinstance(value, Region)
-        }
+        own = {name: value for name, value in vars(cls).items() if isinstance(value, Region)}
+        for name in own.keys() - BAR_NAMES.keys():
+            raise TypeError(
+                f"{cls.__name__}.{name}: a region's name is one of {', '.join(BAR_NAMES)}"
+            )
+        cls.regions = cls.regions | {region.index: region for region in own.values()}
         if isinstance(cls.capabilities, Capability):
             cls.check_capabilities(cls.capabilities)
 
@@ -103,9 +106,12 @@ class Device:
         """
         if not capabilities:
             return
-        require_legal(capabilities)
         controls = cls.migration_set_state is not Device.migration_set_state
-        if Capability.PRE_COPY in capabilities and cls.precopy is Device.precopy and not controls:
+        if (
+            Capability.PRE_COPY in require_legal(capabilities)
+            and cls.precopy is Device.precopy
+            and not controls
+        ):
             raise TypeError(
                 f"{cls.__name__} has the capability PRE_COPY but no precopy(); "
                 "write it, or leave PRE_COPY out"

@@ -55,12 +55,8 @@ class Region:
         self._writer = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
-        if name not in BAR_NAMES:
-            raise TypeError(
-                f"{owner.__name__}.{name}: a region's name is one of {', '.join(BAR_NAMES)}"
-            )
         self.name = name
-        self.index = BAR_NAMES[name]
+        self.index = BAR_NAMES.get(name, -1)  # Device refuses any other name
 
     @overload
     def __get__(self, device: None, owner: type) -> Region: ...
@@ -88,7 +84,13 @@ class Region:
         if not self._reader:
             return bytes(memoryview(self.__get__(device, type(device)))[offset : offset + length])
         read = getattr(device, self._reader)
-        return b"".join(read(at, size) for at, size in bus_accesses(offset, length))
+        pieces = []
+        for at, size in bus_accesses(offset, length):
+            piece = read(at, size)
+            if len(piece) != size:
+                raise ValueError(f"the reader of {self.name} gives {len(piece)} bytes for {size}")
+            pieces.append(piece)
+        return b"".join(pieces)
 
     def write(self, device: Device, offset: int, data: bytes) -> None:
         """Write ``data`` to a place inside the region."""

@@ -2,20 +2,25 @@
 
 Theory of operation
 -------------------
-Writes are remembered in units of 4 KiB, whatever page sizes start and report are asked with, so
-that a report in any page size is exact: a bit is set when a written unit, cut to the logged
-range that holds it, touches the bit's page. A report clears the units whose logged part it
-covers whole; a unit that it covers in part stays, and is told again rather than lost.
+Writes are remembered in units of 4 KiB, for each logged range by itself, whatever page sizes
+start and report are asked with. So a report in any page size is exact: a bit is set when a
+written unit, cut to the logged range that holds it, touches the bit's page. A report clears the
+units whose logged part it covers whole; a unit that it covers in part stays, and is told again
+rather than lost.
+
+Only what was written costs anything: a bitmap is held as the 64-bit words that have a bit, and
+the other words of the caller's are not touched, so a report may span the whole address space.
 See ``VFIO_DEVICE_FEATURE_DMA_LOGGING_START`` and ``..._REPORT`` in include/uapi/linux/vfio.h.
 """
 
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from vfiomig.iommu.space import Memory
 
@@ -23,8 +28,10 @@ __all__ = ("UNIT", "DirtyLog")
 
 #: Bytes that one remembered write covers at least.
 UNIT = 4096
-#: Bytes of a caller's bitmap that are looked at together.
-MERGE_BYTES = 4096
+WORD_BITS = 64
+WORD_BYTES = 8
+#: Neighbouring words of a caller's bitmap that are read and written together, at most.
+MERGE_WORDS = 512
 
 
 class DirtyLog:
@@ -33,14 +40,15 @@ class DirtyLog:
     def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
         """``ranges``: (iova, length) each, not overlapping."""
         self.ranges = sorted((iova, iova + length) for iova, length in ranges if length)
+        self._ends = [end for _, end in self.ranges]
+        self._units: list[set[int]] = [set() for _ in self.ranges]
         self._lock = threading.Lock()
-        self._units: set[int] = set()
 
     def mark(self, iova: int, length: int) -> None:
         """Remember a write of ``length`` bytes at ``iova``; outside the ranges it is not logged."""
-        for start, end in self._clip(iova, iova + length):
+        for at, low, high in self._overlaps(iova, iova + length):
             with self._lock:
-                self._units.update(range(start // UNIT, (end - 1) // UNIT + 1))
+                self._units[at].update(range(low // UNIT, (high - 1) // UNIT + 1))
 
     def report(self, iova: int, length: int, page_size: int) -> bytearray:
         """Return the bitmap of [iova, iova + length) and forget what it tells.
@@ -49,7 +57,11 @@ class DirtyLog:
         a multiple of 8 bytes long.
         """
         with self._lock:
-            return self._collect_locked(iova, length, page_size)
+            words, _ = self._take_locked(iova, length, page_size)
+        bitmap = bytearray(-(-length // (page_size * WORD_BITS)) * WORD_BYTES)
+        for at, word in words.items():
+            bitmap[at * WORD_BYTES : (at + 1) * WORD_BYTES] = word.to_bytes(WORD_BYTES, "little")
+        return bitmap
 
     def report_into(
         self, iova: int, length: int, page_size: int, memory: Memory, address: int
@@ -59,59 +71,72 @@ class DirtyLog:
         A bitmap that faults fails the report, and nothing of it is forgotten.
         """
         with self._lock:
-            before = set(self._units)
-            bitmap = self._collect_locked(iova, length, page_size)
+            words, told = self._take_locked(iova, length, page_size)
             try:
-                _merge(bitmap, memory, address)
+                _merge(words, memory, address)
             except OSError:
-                self._units |= before
+                for at, units in told:
+                    self._units[at].update(units)
                 raise
 
-    def _collect_locked(self, iova: int, length: int, page_size: int) -> bytearray:
-        pages = -(-length // page_size)
-        bitmap = bytearray(-(-pages // 64) * 8)
-        end = iova + length
-        for unit in self._units_in(iova, end):
-            covered = True
-            for start, stop in self._clip(unit * UNIT, (unit + 1) * UNIT):
-                low, high = max(start, iova), min(stop, end)
-                covered = covered and (low, high) == (start, stop)
-                if low < high:
-                    _set_bits(bitmap, (low - iova) // page_size, (high - 1 - iova) // page_size)
-            if covered:
-                self._units.discard(unit)
-        return bitmap
+    def _take_locked(
+        self, iova: int, length: int, page_size: int
+    ) -> tuple[dict[int, int], list[tuple[int, list[int]]]]:
+        """Words of the bitmap by their index, and the units that are now forgotten, by range."""
+        words: dict[int, int] = {}
+        forgotten = []
+        for at, low, high in self._overlaps(iova, iova + length):
+            start, end = self.ranges[at]
+            told = []
+            for unit in _within(self._units[at], low // UNIT, (high - 1) // UNIT):
+                logged = max(start, unit * UNIT), min(end, (unit + 1) * UNIT)
+                seen = max(low, logged[0]), min(high, logged[1])
+                _set_bits(words, (seen[0] - iova) // page_size, (seen[1] - 1 - iova) // page_size)
+                if seen == logged:
+                    told.append(unit)
+            self._units[at].difference_update(told)
+            forgotten.append((at, told))
+        return words, forgotten
 
-    def clear(self) -> None:
-        with self._lock:
-            self._units.clear()
-
-    def _units_in(self, start: int, end: int) -> list[int]:
-        """Units that were written and lie at least partly in [start, end)."""
+    def _overlaps(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """The logged parts of [start, end): index of the range, first byte, byte behind it."""
         if start >= end:
-            return []
-        first, last = start // UNIT, (end - 1) // UNIT
-        if last - first < len(self._units):
-            return [unit for unit in range(first, last + 1) if unit in self._units]
-        return [unit for unit in self._units if first <= unit <= last]
-
-    def _clip(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The parts of [start, end) that are logged."""
-        for low, high in self.ranges:
-            if start < high and end > low:
-                yield max(start, low), min(end, high)
+            return
+        for at in range(bisect_right(self._ends, start), len(self.ranges)):
+            low, high = self.ranges[at]
+            if low >= end:
+                return
+            yield at, max(start, low), min(end, high)
 
 
-def _set_bits(bitmap: bytearray, first: int, last: int) -> None:
+def _within(units: set[int], first: int, last: int) -> list[int]:
+    if last - first < len(units):
+        return [unit for unit in range(first, last + 1) if unit in units]
+    return [unit for unit in units if first <= unit <= last]
+
+
+def _set_bits(words: dict[int, int], first: int, last: int) -> None:
     for bit in range(first, last + 1):
-        bitmap[bit >> 3] |= 1 << (bit & 7)
+        at = bit // WORD_BITS
+        words[at] = words.get(at, 0) | 1 << bit % WORD_BITS
 
 
-def _merge(bitmap: bytearray, memory: Memory, address: int) -> None:
-    """Set the bits of ``bitmap`` in memory, chunk by chunk; chunks without a bit stay untouched."""
-    for at in range(0, len(bitmap), MERGE_BYTES):
-        ours = bitmap[at : at + MERGE_BYTES]
-        if any(ours):
-            theirs = int.from_bytes(memory.read(address + at, len(ours)), "little")
-            merged = theirs | int.from_bytes(ours, "little")
-            memory.write(address + at, merged.to_bytes(len(ours), "little"))
+def _merge(words: dict[int, int], memory: Memory, address: int) -> None:
+    """Set the bits of ``words`` in memory; words without a bit are not touched."""
+    for run in _runs(sorted(words)):
+        at, size = address + run[0] * WORD_BYTES, len(run) * WORD_BYTES
+        ours = b"".join(words[index].to_bytes(WORD_BYTES, "little") for index in run)
+        theirs = int.from_bytes(memory.read(at, size), "little")
+        memory.write(at, (theirs | int.from_bytes(ours, "little")).to_bytes(size, "little"))
+
+
+def _runs(indices: Iterable[int]) -> Iterator[list[int]]:
+    """Group sorted indices into neighbours."""
+    run: list[int] = []
+    for index in indices:
+        if run and (index != run[-1] + 1 or len(run) == MERGE_WORDS):
+            yield run
+            run = []
+        run.append(index)
+    if run:
+        yield run

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import threading
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from vfiomig.errors import RequestError
@@ -57,7 +57,7 @@ class IoSpace:
     """The mappings of one IO address space. Safe for concurrent use."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._mappings: list[Mapping] = []
         self._starts: list[int] = []
 
@@ -83,6 +83,13 @@ class IoSpace:
                 raise RequestError(errno.EEXIST, f"IOVA {mapping.iova:#x} is mapped already")
             self._mappings.insert(at, mapping)
             self._starts.insert(at, mapping.iova)
+
+    def map_anywhere(self, mapping: Mapping) -> Mapping:
+        """Add a mapping wherever there is room; return it as it was placed."""
+        with self._lock:
+            placed = replace(mapping, iova=self.find_free(mapping.length))
+            self.map(placed)
+            return placed
 
     def find_free(self, length: int) -> int:
         """Return the lowest IOVA with ``length`` free bytes; ENOSPC if there is none."""
