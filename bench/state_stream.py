@@ -6,6 +6,7 @@ and for a small state.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import subprocess
 from pathlib import Path
@@ -68,6 +69,7 @@ def _status(field: str) -> int:
 
 
 def _reset_peak() -> int:
+    gc.collect()  # devices of earlier rounds
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 

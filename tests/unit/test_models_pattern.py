@@ -115,29 +115,26 @@ def test_a_device_of_any_size_is_made_within_a_second(size: str) -> None:
     assert time.monotonic() - started < 1
 
 
-def test_whether_a_block_was_filled_at_creation_never_shows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    filled = Pattern(size=5 * BLOCK + 3, seed=9)
-    monkeypatch.setattr("vfiomig.models.pattern.FILL_SECONDS", 0)
-    empty = Pattern(size=5 * BLOCK + 3, seed=9)
-    assert sum(empty._memory._content) == 0
-    assert state_of(empty) == state_of(filled)
-    assert empty.digest() == filled.digest()
+def test_pages_of_its_own_do_not_change_what_the_memory_holds() -> None:
+    shared = BlockMemory(5 * BLOCK + 3, seed=9)
+    before = bytes(shared.view(0, shared.blocks))
+    shared.view(0, shared.blocks)[::4096] = shared.view(0, shared.blocks)[::4096].tobytes()
+    assert bytes(shared.view(0, shared.blocks)) == before
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, BLOCK - 1, BLOCK, BLOCK + 1, 40 * BLOCK + 5])
 def test_checksums_that_follow_from_the_base_are_those_of_the_content(size: int) -> None:
     memory = BlockMemory(size, seed=2)
     followed = [memory.checksum(block) for block in range(memory.blocks)]
-    memory.fill(0, memory.blocks)
     memory.measure(0, memory.blocks)
     assert [memory.checksum(block) for block in range(memory.blocks)] == followed
 
 
-def test_no_two_blocks_are_equal() -> None:
-    memory = BlockMemory(200 * BLOCK, seed=0)
-    assert len({memory.checksum(block) for block in range(memory.blocks)}) == memory.blocks
+@pytest.mark.parametrize("size", [40 * BLOCK, 600 * BLOCK, 5000 * BLOCK])
+def test_blocks_near_each_other_differ(size: int) -> None:
+    memory = BlockMemory(size, seed=0)
+    near = [memory.checksum(block) for block in range(31)]
+    assert len(set(near)) == len(near)
 
 
 def test_the_seed_decides_the_content() -> None:

@@ -2,11 +2,14 @@
 
 Theory of operation
 -------------------
-The memory is one anonymous mapping. After power-on block ``n`` holds a slice of one
-pseudo-random base with ``n`` itself in its last bytes: no two blocks are equal, and the checksum
-of a whole block follows from that of its slice. So neither content nor checksums of a device of
-100 GiB have to be computed before they are asked for. A block is *filled* when it is first needed;
-whether it was filled already never shows in what anyone reads.
+After power-on the memory is many private mappings of one small pseudo-random file, each from
+another page of it on: the kernel shares the file's pages until they are written. So a device of
+any size exists at once, costs nothing until it is written, and is read at full speed all the
+same; and as the content of a block follows from its place, so does its checksum.
+
+The first write to a page costs a page fault, many times as much as the write. Memory up to
+``POPULATED`` therefore gets pages of its own in advance, what takes too long in the background,
+so that a state is loaded at the speed of memory; that never changes content.
 
 All bulk work is done by calls that release the interpreter lock, a block at a time.
 ``lock`` is held by whoever changes a block or copies one that may be changed meanwhile.
@@ -14,77 +17,95 @@ All bulk work is done by calls that release the interpreter lock, a block at a t
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
+import math
 import mmap
+import os
 import random
 import threading
 import time
+import weakref
 import zlib
 from array import array
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
+from vfiomig.descriptors import Fd
 from vfiomig.errors import SpecError
 
-__all__ = ("BLOCK", "BlockMemory", "PowerOn")
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ("BLOCK", "BlockMemory")
 
 BLOCK: Final = 1 << 20
-#: Slices of the base begin at so many different places, so far apart.
-SLICES: Final = 16
-SLICE_STEP: Final = BLOCK // SLICES
-STAMP_BYTES: Final = 8
-#: MAP_NORESERVE of <linux/mman.h>, which Python's mmap names from 3.13 on.
+PAGE: Final = mmap.PAGESIZE
+#: The file is mapped from so many different pages on, so that neighbours differ.
+PLACES: Final = 31
+#: Few spans are mapped fast, short ones have fewer checksums to know; the mappings of one process
+#: are limited (vm.max_map_count, 65530).
+SPANS: Final = 256
+LONG_SPAN: Final = 8 << 20
+MOST_SPANS: Final = 32768
+#: Bytes that get pages of their own, how many at a time, and for how long while one waits.
+POPULATED: Final = 1 << 30
+POPULATE_STEP: Final = 256 << 10
+POPULATE_SECONDS: Final = 0.4
+#: Numbers of <linux/mman.h> that Python's mmap does not name in every version.
+MAP_FIXED: Final = 0x10
 MAP_NORESERVE: Final = 0x4000
+MADV_DONTFORK: Final = 10
+MADV_POPULATE_WRITE: Final = 23
 
-# What a block holds, and whether its checksum is in the table.
-EMPTY: Final = 0  # not filled: power-on content by definition
-POWER_ON: Final = 1  # filled; the checksum is computed from the base's
-KNOWN: Final = 2  # written; the table holds its checksum
-STALE: Final = 3  # written; nobody has computed its checksum yet
+# What the checksum of a block is computed from.
+POWER_ON: Final = 0  # never written: its place
+KNOWN: Final = 1  # the table holds it
+STALE: Final = 2  # written; nobody has computed it yet
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_mmap = _libc.mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t) + (ctypes.c_int,) * 3 + (ctypes.c_long,)
+_madvise = _libc.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class PowerOn:
-    """The content after power-on, for a seed."""
+    """The content after power-on, for a seed, of memory that is mapped in spans of ``span``."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._base = bytearray(random.Random(seed).randbytes(BLOCK + SLICES * SLICE_STEP))
+    def __init__(self, seed: int, span: int) -> None:
+        self._span = span
+        self._base = bytearray(random.Random(seed).randbytes(span + (PLACES - 1) * PAGE))
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._base))
         self.size = len(self._base)
-        self._slice_checksums: dict[int, int] = {}
+        self._checksums: dict[tuple[int, int], int] = {}
 
-    def fill(self, block: int, address: int, length: int) -> None:
-        stamp = self._stamp(block, length)
-        rest = length - len(stamp)
-        ctypes.memmove(address, self.address + self._offset(block), rest)
-        ctypes.memmove(address + rest, stamp, len(stamp))
+    def map(self, address: int, size: int) -> None:
+        """Put the content at ``address``, in place of what is mapped there."""
+        with Fd(os.memfd_create("vfiomig-power-on", os.MFD_CLOEXEC)) as file:
+            os.write(file.fileno(), memoryview(self._base)[: size + (PLACES - 1) * PAGE])
+            flags = mmap.MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE
+            access = mmap.PROT_READ | mmap.PROT_WRITE
+            for number, start in enumerate(range(0, size, self._span)):
+                length = min(self._span, size - start)
+                place = number % PLACES * PAGE
+                if _mmap(address + start, length, access, flags, file.fileno(), place) is None:
+                    raise OSError(ctypes.get_errno(), "power-on content")  # pragma: no cover
 
-    def checksum(self, block: int, length: int) -> int:
-        stamp = self._stamp(block, length)
-        return zlib.crc32(stamp, self._slice_checksum(self._offset(block), length - len(stamp)))
-
-    @staticmethod
-    def _stamp(block: int, length: int) -> bytes:
-        return block.to_bytes(STAMP_BYTES, "little")[:length]
-
-    @staticmethod
-    def _offset(block: int) -> int:
-        return block % SLICES * SLICE_STEP
-
-    def _slice_checksum(self, offset: int, length: int) -> int:
-        if length != BLOCK - STAMP_BYTES:  # the last block may be shorter, and is one of its kind
-            return zlib.crc32(memoryview(self._base)[offset : offset + length])
-        if offset not in self._slice_checksums:
-            content = memoryview(self._base)[offset : offset + length]
-            self._slice_checksums[offset] = zlib.crc32(content)
-        return self._slice_checksums[offset]
+    def checksum(self, offset: int, length: int) -> int:
+        """The CRC-32 of ``length`` bytes at ``offset`` of the memory, inside one span."""
+        number, inside = divmod(offset, self._span)
+        start = number % PLACES * PAGE + inside
+        if (start, length) not in self._checksums:
+            content = memoryview(self._base)[start : start + length]
+            self._checksums[start, length] = zlib.crc32(content)
+        return self._checksums[start, length]
 
 
 @functools.lru_cache(maxsize=4)
-def power_on(seed: int) -> PowerOn:
+def power_on(seed: int, span: int) -> PowerOn:
     """Share the base between the devices of a seed: a thousand small ones need only one."""
-    return PowerOn(seed)
+    return PowerOn(seed, span)
 
 
 class BlockMemory:
@@ -94,12 +115,15 @@ class BlockMemory:
         self.size = size
         self.blocks = -(-size // BLOCK)
         self.lock = threading.Lock()
-        self._power_on = power_on(seed)
-        self._map = _anonymous(size)
+        self._span = _span(size)
+        self._map = _reserve(size)
+        self._power_on = power_on(seed, self._span)
         self._view = memoryview(self._map)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._content = bytearray(self.blocks)
         self._checksums = array("I", bytes(4 * self.blocks))
+        self._power_on.map(self._address, size)
+        _populate(self._map, self._address)
 
     def length(self, block: int) -> int:
         return min(BLOCK, self.size - block * BLOCK)
@@ -107,53 +131,35 @@ class BlockMemory:
     def restart(self, seed: int) -> None:
         """Return to the power-on content of ``seed``."""
         with self.lock:
-            self._power_on = power_on(seed)
+            self._power_on = power_on(seed, self._span)
+            self._power_on.map(self._address, self.size)
             self._content[:] = bytes(self.blocks)
 
     def adopt(self, seed: int) -> None:
-        """Take ``seed`` for the next power-on, after every block was written."""
-        self._power_on = power_on(seed)
+        """Take ``seed`` for what is rewritten, after every block was written."""
+        self._power_on = power_on(seed, self._span)
 
     # Content.
 
-    def fill(self, first: int, count: int) -> None:
-        """See that these blocks hold what they should."""
-        for block in range(first, first + count):
-            if self._content[block] != EMPTY:
-                continue
-            with self.lock:
-                if self._content[block] == EMPTY:
-                    self._power_on.fill(block, self._address + block * BLOCK, self.length(block))
-                    self._content[block] = POWER_ON
-
-    def fill_for(self, seconds: float) -> None:
-        """Fill blocks from the first on until ``seconds`` are over."""
-        deadline = time.monotonic() + seconds
-        for block in range(self.blocks):
-            if time.monotonic() >= deadline:
-                return
-            self.fill(block, 1)
-
     def view(self, first: int, count: int) -> memoryview:
-        """The memory of these blocks itself, filled."""
-        self.fill(first, count)
+        """The memory of these blocks itself."""
         return self._view[first * BLOCK : (first + count) * BLOCK]
 
     def overwritten(self, first: int, count: int) -> memoryview:
         """The memory of these blocks for somebody who writes all of it."""
         with self.lock:
             self._content[first : first + count] = bytes((STALE,)) * count
-        return self._view[first * BLOCK : (first + count) * BLOCK]
+        return self.view(first, count)
 
     def copy_locked(self, block: int, buffer: memoryview) -> int:
-        """Copy a filled block to the start of ``buffer``; return its length."""
+        """Copy a block to the start of ``buffer``; return its length."""
         length = self.length(block)
         target = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
         ctypes.memmove(target, self._address + block * BLOCK, length)
         return length
 
     def rewrite_locked(self, offset: int, size: int) -> None:
-        """Put other pseudo-random bytes into a part of one filled block."""
+        """Put other pseudo-random bytes into a part of one block."""
         power_on = self._power_on
         source = power_on.address + random.randrange(power_on.size - size)
         ctypes.memmove(self._address + offset, source, size)
@@ -170,19 +176,60 @@ class BlockMemory:
 
     def checksum(self, block: int) -> int:
         """The CRC-32 of a block that nobody changes now."""
-        if self._content[block] in {EMPTY, POWER_ON}:
-            return self._power_on.checksum(block, self.length(block))
+        if self._content[block] == POWER_ON:
+            return self._power_on.checksum(block * BLOCK, self.length(block))
         if self._content[block] == STALE:
             self.measure(block, 1)
         return self._checksums[block]
 
 
-def _anonymous(size: int) -> mmap.mmap:
+def _span(size: int) -> int:
+    """Choose the length of the mappings that memory of this size is made of."""
+    span = BLOCK
+    while span * MOST_SPANS < size or (span < LONG_SPAN and span * SPANS < size):
+        span *= 2
+    return span
+
+
+def _reserve(size: int) -> mmap.mmap:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     try:
         memory = mmap.mmap(-1, size, flags=flags)
     except (OSError, OverflowError, ValueError) as refusal:
         raise SpecError(f"size={size}: the machine does not map that much: {refusal}") from refusal
-    with contextlib.suppress(OSError):  # a kernel without huge pages is only slower
-        memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def _populate(memory: mmap.mmap, address: int) -> None:
+    """Give the first part of a memory pages of its own: at once, or what takes longer later."""
+    # A fork would make every page of it copy-on-write once more.
+    _madvise(address, len(memory), MADV_DONTFORK)
+    steps = iter(range(0, min(len(memory), POPULATED), POPULATE_STEP))
+    deadline = time.monotonic() + POPULATE_SECONDS
+    if not _populate_until(deadline, weakref.ref(memory), address, steps):
+        threading.Thread(
+            target=_populate_until,
+            args=(math.inf, weakref.ref(memory), address, steps),
+            name="vfiomig-populate",
+            daemon=True,
+        ).start()
+
+
+def _populate_until(
+    deadline: float, memory: weakref.ref[mmap.mmap], address: int, steps: Iterator[int]
+) -> bool:
+    """Go on with ``steps``; ``False`` if the deadline came first.
+
+    The steps are short: each keeps other mappings of the process waiting.
+    """
+    for start in steps:
+        mapped = memory()  # held for the time of a step: a device that is dropped is not kept
+        if mapped is None:
+            break
+        length = min(POPULATE_STEP, len(mapped) - start)
+        if _madvise(address + start, length, MADV_POPULATE_WRITE):
+            break  # too little memory, or an older kernel: pages come when they are written
+        del mapped
+        if time.monotonic() >= deadline:
+            return False
+    return True

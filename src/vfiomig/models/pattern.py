@@ -32,8 +32,6 @@ __all__ = ("Pattern",)
 
 MODEL: Final = "pattern"
 BAR0_SIZE: Final = 4096
-#: Blocks are filled in advance for so long, and the others when they are needed.
-FILL_SECONDS: Final = 0.4
 #: Blocks that are copied before they are handed over together.
 COPIED: Final = 8
 PIECE: Final = 64 << 10
@@ -93,7 +91,6 @@ class Pattern(Device):
         self._tell_at = 0.0
         self._outgoing: Outgoing | None = None  # of the saving session
         self._precopied: Outgoing | None = None  # the same, from precopy() to save()
-        self._memory.fill_for(FILL_SECONDS)
 
     # What its owner may ask, beside the protocol.
 
@@ -142,7 +139,6 @@ class Pattern(Device):
         block = start // BLOCK
         end = block * BLOCK + memory.length(block)
         size = min(self._piece, end - start)
-        memory.fill(block, 1)
         with memory.lock:
             memory.rewrite_locked(start, size)
             outgoing = self._outgoing
@@ -228,7 +224,6 @@ class Pattern(Device):
         for start in range(first, first + count, COPIED):
             size = 0
             for block in range(start, min(start + COPIED, first + count)):
-                self._memory.fill(block, 1)
                 with self._memory.lock:
                     outgoing.sent(block, 1)
                     size += self._memory.copy_locked(block, buffer[size:])
