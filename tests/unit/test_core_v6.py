@@ -13,6 +13,7 @@ from vfiomig.abi import vfio
 from vfiomig.fsm import LEGAL_SETS, Capability, State
 
 if TYPE_CHECKING:
+    from vfiomig.abi.ioctls import Dialect
     from vfiomig.device import SessionBody
 
 SET_STATE = vfio.VFIO_DEVICE_MIG_SET_STATE
@@ -195,10 +196,10 @@ def test_from_error_every_target_is_refused_until_a_reset(requested: int) -> Non
 
 
 @pytest.mark.parametrize("dialect", [LANDED, V6])
-def test_0x3b79_on_the_device_is_a_request_of_v6_only(dialect: str) -> None:
-    with Program(dialect=V6 if dialect == "v6" else LANDED) as program:
+def test_0x3b79_on_the_device_is_a_request_of_v6_only(dialect: Dialect) -> None:
+    with Program(dialect=dialect) as program:
         result = program.ioctl(0x3B79, argument(State.STOP)).errno
-        assert result == (0 if dialect == "v6" else errno.ENOTTY)
+        assert result == (0 if dialect is V6 else errno.ENOTTY)
 
 
 MIGRATION = vfio.VFIO_DEVICE_FEATURE_MIGRATION
@@ -221,12 +222,12 @@ QUERY = [
 @pytest.mark.parametrize("dialect", [LANDED, V6])
 @pytest.mark.parametrize(("flags", "argsz", "result"), QUERY)
 def test_the_query_answers_each_combination_of_operations(
-    dialect: str, flags: int, argsz: int, result: int
+    dialect: Dialect, flags: int, argsz: int, result: int
 ) -> None:
-    with Program(Scripted(ALL), V6 if dialect == "v6" else LANDED) as program:
+    with Program(Scripted(ALL), dialect) as program:
         answer = program.feature(flags | MIGRATION, b"\xaa" * 16, argsz)
         assert answer.errno == result
-        told = (1 if dialect == "v6" else 7).to_bytes(8, "little")
+        told = (1 if dialect is V6 else 7).to_bytes(8, "little")
         got = told if flags == GET and not result else b"\xaa" * 8
         assert answer.data == got + b"\xaa" * 8
 
