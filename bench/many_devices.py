@@ -80,7 +80,7 @@ def per_device(count: int) -> float:
     return (time.perf_counter() - begin) / count
 
 
-def measure(many: int = 1000, few: int = 10, rounds: int = 5) -> list[Measurement]:
+def measure(many: int = 1000, few: int = 10, rounds: int = 3) -> list[Measurement]:
     per_device(few)  # imports and caches are nobody's time
     pairs = []
     for _ in range(rounds):

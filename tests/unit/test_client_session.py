@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import threading
 from typing import TYPE_CHECKING
 
@@ -321,8 +322,60 @@ def test_closing_the_client_wakes_a_blocked_reader() -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    threading.Timer(0.2, device.released.set).start()
-    threading.Event().wait(0.05)
+    late = threading.Timer(0.3, device.released.set)
+    late.start()
+    threading.Event().wait(0.1)  # for the reader to be in the read that blocks
     dev.close()
     reader.join(5)
+    late.join(5)
     assert caught == [errno.ENODEV]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_read_takes_no_bytes_from_the_stream() -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted
+
+    device = Waiting()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with open_device(device) as dev, dev.set_state(State.STOP_COPY) as session:
+            buffer = bytearray(4)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(Interrupted):
+                session.readinto(buffer)
+            device.released.set()
+            again = bytearray(4)
+            assert session.readinto(again) == 4
+            assert bytes(buffer) == bytes(4)
+            assert bytes(again) == b"late"
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_reset_by_another_thread_kills_the_session_of_a_change_under_way() -> None:
+    class Slow(Device):
+        def step(self, origin: State, target: State) -> None:
+            if target is State.STOP_COPY:
+                under_way.set()
+                assert go_on.wait(10)
+
+    under_way, go_on = threading.Event(), threading.Event()
+    with open_device(Slow()) as dev:
+
+        def reset() -> None:
+            assert under_way.wait(10)
+            dev.reset()
+            go_on.set()
+
+        other = threading.Thread(target=reset)
+        other.start()
+        with dev.set_state(State.STOP_COPY) as session:
+            other.join(5)
+            assert dev.state is State.RUNNING
+            with pytest.raises(SessionError) as caught:
+                session.readinto(bytearray(1))
+        assert caught.value.errno == errno.ENODEV

@@ -149,11 +149,15 @@ class DeviceClient:
             if answer.device_state == target:
                 return answer
 
+    @cached_property
+    def _targets(self) -> tuple[State, ...]:
+        """The states of the device; none if its capability set means nothing here."""
+        return states_of(self.capabilities) if self.capabilities in LEGAL_SETS else ()
+
     def _refuse_known(self, target: int) -> None:
-        capabilities = self.capabilities
-        if capabilities not in LEGAL_SETS:
+        if not self._targets:
             return
-        refused = target not in states_of(capabilities)
+        refused = target not in self._targets
         if target in PRE_COPY_GROUP and not refused:
             refused = self.state is State.STOP_COPY
         if refused:
@@ -353,9 +357,8 @@ class DeviceClient:
         return SetStateError(answer.errno, target, state, message)
 
     def _advice(self, answer: Answer, target: int) -> str:
-        states = states_of(self.capabilities) if self.capabilities in LEGAL_SETS else ()
-        if states and target not in states:
-            names = ", ".join(state.name for state in states)
+        if self._targets and target not in self._targets:
+            names = ", ".join(state.name for state in self._targets)
             return f"with {capability_name(self.capabilities)} it can go to {names}"
         if answer.device_state is State.STOP_COPY and target in PRE_COPY_GROUP:
             return "ask for RUNNING in between"
