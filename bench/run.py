@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SUITE: dict[str, dict[str, object]] = {
     "state_stream": {"size": "128M", "rounds": 1},
     "get_state": {"count": 2000, "rounds": 1},
-    "many_devices": {},
+    "many_devices": {"rounds": 1},
 }
 
 

@@ -102,13 +102,10 @@ class Session:
     def chunks(self, size: int = CHUNK) -> Iterator[memoryview]:
         """Read up to an end, permanent or temporary; yield what each read brought.
 
-        All chunks share one buffer: each is valid until the next is asked for, and raises
-        ``ValueError`` after that. To keep some, copy them: ``b"".join(map(bytes, session))``.
+        Every chunk has memory of its own and may be kept; ``readinto`` reuses one buffer.
         """
-        view = memoryview(bytearray(size))
-        while count := self.readinto(view):
-            with view[:count] as chunk:
-                yield chunk
+        while count := self.readinto(buffer := memoryview(bytearray(size))):
+            yield buffer[:count]
 
     def __iter__(self) -> Iterator[memoryview]:
         return self.chunks()
