@@ -60,9 +60,13 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class Pages:
-    """Pages with the given protections, side by side: ``Pages("rw", "r", "", "rw")``."""
+    """Pages with the given protections, side by side: ``Pages("rw", "r", "", "rw")``.
+
+    Behind the last one is nothing.
+    """
 
     def __init__(self, *protections: str) -> None:
+        protections = (*protections, "")
         self.size = len(protections) * PAGE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self.base = _libc.mmap(None, self.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
