@@ -19,7 +19,7 @@ ALLOW, NOTIFY, REFUSE = 0x7FFF0000, 0x7FC00000, 0x00050000 | errno.ENOSYS
 NATIVE, I386 = 0xC000003E, 0x40000003
 WORD = 0xFFFFFFFF
 
-PATHS = """open openat openat2 creat access faccessat faccessat2 stat lstat newfstatat statx
+PATHS = """open openat openat2 creat access faccessat faccessat2 stat lstat fstat newfstatat statx
            readlink readlinkat"""
 PLAIN = """read write readv writev lseek ftruncate fallocate fsync fdatasync sync_file_range
            vmsplice"""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfiomig.doors.syscall.door import Turn
     from vfiomig.doors.syscall.notify import Notification
+    from vfiomig.doors.syscall.receivers import Turn
 
     Handler: TypeAlias = Callable[[Notification, Turn], "Answer"]
 

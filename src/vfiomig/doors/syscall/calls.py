@@ -6,7 +6,8 @@ Theory of operation
 is not ours goes on to the kernel, which knows best what to do with it. A call on one of ours is
 answered as the kernel's own file would: requests and region accesses by ``core``, reads and
 writes of a data_fd by its session (now, or later from another thread: ``HELD``), and everything
-that such a file does not do by the errno in ``REFUSED``.
+that such a file does not do by the errno in ``REFUSED``. Checks come in the order in which the
+kernel makes them (``ksys_read``, ``vfs_readv`` and so on in fs/read_write.c).
 
 A handler returns the result, or ``CARRY_ON`` or ``HELD``, or raises ``OSError``.
 """
@@ -14,6 +15,7 @@ A handler returns the result, or ``CARRY_ON`` or ``HELD``, or raises ``OSError``
 from __future__ import annotations
 
 import errno
+import os
 import termios
 from typing import TYPE_CHECKING, Final
 
@@ -22,21 +24,25 @@ from vfiomig.abi.syscalls import X86_64
 from vfiomig.doors.syscall.answers import CARRY_ON, HELD
 from vfiomig.doors.syscall.caller import SyscallCaller
 from vfiomig.doors.syscall.opened import DataOpen, DeviceOpen, IommufdOpen, Opened
-from vfiomig.doors.syscall.transfer import MAX_RW_COUNT, read_iovecs
+from vfiomig.doors.syscall.transfer import buffers, read_iovecs
 from vfiomig.fsm import SessionKind
 from vfiomig.memory import CallMemory, MemoryFault, ProcessMemory
 
 if TYPE_CHECKING:
     from vfiomig.doors.syscall.answers import Answer, Handler
-    from vfiomig.doors.syscall.door import Door, Turn
+    from vfiomig.doors.syscall.door import Door
     from vfiomig.doors.syscall.notify import Notification
+    from vfiomig.doors.syscall.receivers import Turn
 
 __all__ = ("Calls",)
 
 
 LOW = 0xFFFF_FFFF
-#: Region accesses larger than this are cut, as a read may be.
-REGION_ACCESS_MAX = 1 << 20
+#: A region is accessed in pieces of this size, and longer copies to the program are left to
+#: other threads than the receiver.
+REGION_PIECE = 1 << 20
+LONG_COPY = 4 << 20
+RWF_HIPRI = 1  # the one flag that files without iterators take
 
 #: What a file of ours refuses: call, positions of its descriptor arguments, and the errno on a
 #: device or iommufd and on a data_fd. Where a data_fd is a pipe end, the kernel's own answer to
@@ -64,18 +70,12 @@ class Calls:
     def __init__(self, door: Door) -> None:
         self._door = door
         self._find = door.table.find
+        plain = ("read", "write", "readv", "writev")
+        positional = ("pread64", "pwrite64", "preadv", "pwritev", "preadv2", "pwritev2")
         self._handlers: dict[int, Handler] = {
             X86_64["ioctl"]: self._ioctl,
-            X86_64["read"]: self._plain("read"),
-            X86_64["write"]: self._plain("write"),
-            X86_64["readv"]: self._plain("readv"),
-            X86_64["writev"]: self._plain("writev"),
-            X86_64["pread64"]: self._positional("pread64"),
-            X86_64["pwrite64"]: self._positional("pwrite64"),
-            X86_64["preadv"]: self._positional("preadv"),
-            X86_64["pwritev"]: self._positional("pwritev"),
-            X86_64["preadv2"]: self._positional("preadv2"),
-            X86_64["pwritev2"]: self._positional("pwritev2"),
+            **{X86_64[name]: self._plain(name) for name in plain},
+            **{X86_64[name]: self._positional(name) for name in positional},
             **{X86_64[name]: self._refusal(name) for name in REFUSED},
             **door.path_calls(),
         }
@@ -93,13 +93,19 @@ class Calls:
             if number == KVM_SET_DEVICE_ATTR and self._adds_our_file_to_kvm(call):
                 return 0
             return CARRY_ON
-        self._door.settle(turn)
-        caller = SyscallCaller(call, self._door.table, turn.pass_on, self._door.install)
-        turn.request(opened, number, call, caller)
+        door = self._door
+        door.settle(turn, _device_of(opened))
+        caller = SyscallCaller(call, door.table, turn.pass_on, door.install)
+        if turn.line is not None:
+            door.trace_request(turn, opened, caller)
         if number == termios.FIONREAD:
             raise OSError(errno.ENOTTY, "no request of a file of ours")
         if type(opened) is DeviceOpen:
-            return opened.file.ioctl(number, call.args[2], caller)
+            opened.enter()
+            try:
+                return opened.file.ioctl(number, call.args[2], caller)
+            finally:
+                opened.leave()
         if type(opened) is IommufdOpen:
             return opened.context.ioctl(number, call.args[2], caller)
         assert isinstance(opened, DataOpen)
@@ -119,59 +125,86 @@ class Calls:
 
     # Reads and writes.
 
+    def _about(self, call: Notification, turn: Turn) -> Opened | None:
+        """Find what a read or write is about, after every close before it."""
+        opened = self._find(call.tid, call.args[0])
+        if opened is not None:
+            self._door.settle(turn, _device_of(opened))
+            if turn.line is not None:
+                turn.line.about_access(opened.label)
+        return opened
+
     def _plain(self, name: str) -> Handler:
         """Reads and writes at the file's own position: sessions, and nothing else of ours."""
         writes, vectored = name in WRITES, name.endswith("v")
 
         def handle(call: Notification, turn: Turn) -> Answer:
-            opened = self._find(call.tid, call.args[0])
+            opened = self._about(call, turn)
             if opened is None:
                 return CARRY_ON
-            self._door.settle(turn)
-            turn.access(opened, name, call)
-            if not isinstance(opened, DataOpen):
-                raise OSError(errno.EINVAL, "the file has no position")
-            return self._transfer(opened, call, turn, writes=writes, vectored=vectored)
+            if isinstance(opened, DataOpen):
+                return self._transfer(opened, call, turn, writes=writes, vectored=vectored)
+            _check_direction(opened, writes=writes)
+            raise OSError(errno.EINVAL, "the file's position is in no region")
 
         return handle
 
     def _transfer(
-        self, opened: DataOpen, call: Notification, turn: Turn, *, writes: bool, vectored: bool
+        self,
+        opened: DataOpen,
+        call: Notification,
+        turn: Turn,
+        *,
+        writes: bool,
+        vectored: bool,
+        flags: int = 0,
     ) -> Answer:
         if writes is not (opened.migf.kind is SessionKind.RESUMING):
             raise OSError(errno.EBADF, "the data_fd has the other direction")
-        memory = ProcessMemory(call.tid)
         if vectored:
-            segments = read_iovecs(CallMemory(memory), call.args[1], _signed(call.args[2]))
+            memory = CallMemory(ProcessMemory(call.tid))
+            segments = read_iovecs(memory, call.args[1], _signed(call.args[2]))
+            if not segments:
+                return 0  # the file is not even asked
+            if flags & ~RWF_HIPRI:
+                raise OSError(errno.EOPNOTSUPP, "flags")
         else:
-            segments = [(call.args[1], min(call.args[2], MAX_RW_COUNT))]
-        self._door.submit(opened, call, turn, memory, segments)
+            segments = buffers([(call.args[1], call.args[2])])
+        if sum(length for _, length in segments) >= LONG_COPY:
+            turn.pass_on()
+        self._door.submit(opened, call, turn, segments)
         return HELD
 
     def _positional(self, name: str) -> Handler:
         """Accesses of a region; a data_fd is a stream and has no positions."""
         writes, vectored = name in WRITES, "v" in name
-        current = name.endswith("2")  # position -1 means the file's own there
+        extended = name.endswith("2")  # flags, and position -1 means the file's own
 
         def handle(call: Notification, turn: Turn) -> Answer:
-            opened = self._find(call.tid, call.args[0])
+            opened = self._about(call, turn)
             if opened is None:
                 return CARRY_ON
-            self._door.settle(turn)
-            turn.access(opened, name, call)
             offset = _signed(call.args[3])
+            flags = call.args[5] & LOW if extended else 0
+            if isinstance(opened, DataOpen) and extended and offset == -1:
+                return self._transfer(opened, call, turn, writes=writes, vectored=True, flags=flags)
+            if offset < 0:
+                raise OSError(errno.EINVAL, "a negative offset")
             if isinstance(opened, DataOpen):
-                if current and offset == -1:
-                    return self._transfer(opened, call, turn, writes=writes, vectored=True)
                 raise OSError(errno.ESPIPE, "a data_fd is a stream")
-            if isinstance(opened, IommufdOpen) or offset < 0:
-                raise OSError(errno.EINVAL, "no such offset")
-            memory = CallMemory(ProcessMemory(call.tid))
-            count = _signed(call.args[2])
-            segments = (
-                read_iovecs(memory, call.args[1], count) if vectored else [(call.args[1], count)]
-            )
-            return _access_region(opened, memory, segments, offset, writes=writes)
+            _check_direction(opened, writes=writes)
+            if isinstance(opened, IommufdOpen):
+                raise OSError(errno.EINVAL, "an iommufd has nothing to read")
+            if vectored:
+                memory = CallMemory(ProcessMemory(call.tid))
+                segments = read_iovecs(memory, call.args[1], _signed(call.args[2]))
+                if segments and flags & ~RWF_HIPRI:
+                    raise OSError(errno.EOPNOTSUPP, "flags")
+            else:
+                segments = buffers([(call.args[1], call.args[2])])
+            if opened.hooked:
+                turn.pass_on()
+            return _access_region(opened, call.tid, segments, offset, writes=writes)
 
         return handle
 
@@ -186,42 +219,58 @@ class Calls:
                 found = found or self._find(call.tid, call.args[position])
             if found is None:
                 return CARRY_ON
-            turn.access(found, name, call)
-            if name == "sendfile" and call.args[2] and self._find(call.tid, call.args[1]):
-                raise OSError(errno.ESPIPE, "a stream has no offset")
+            if turn.line is not None:
+                turn.line.about_access(found.label)
+            if name == "sendfile" and call.args[2]:
+                source = self._find(call.tid, call.args[1])
+                if isinstance(source, DataOpen):
+                    raise OSError(errno.ESPIPE, "a stream has no offset")
             raise OSError(on_data if isinstance(found, DataOpen) else on_device, name)
 
         return handle
 
 
+def _device_of(opened: Opened) -> int | None:
+    """Return the number of the device whose closes must be settled before a call about it."""
+    if type(opened) is DeviceOpen:
+        return opened.number
+    return opened.number if type(opened) is DataOpen else None
+
+
+def _check_direction(opened: DeviceOpen | IommufdOpen, *, writes: bool) -> None:
+    if opened.flags & os.O_ACCMODE == (os.O_RDONLY if writes else os.O_WRONLY):
+        raise OSError(errno.EBADF, "the file was opened for the other direction")
+
+
 def _access_region(
-    opened: DeviceOpen,
-    memory: CallMemory,
-    segments: list[tuple[int, int]],
-    offset: int,
-    *,
-    writes: bool,
+    opened: DeviceOpen, tid: int, segments: list[tuple[int, int]], offset: int, *, writes: bool
 ) -> int:
     """Read or write a region; a fault after some bytes leaves them done and counted."""
+    if not segments:
+        if not opened.file.accessible:
+            raise OSError(errno.EINVAL, "the device has not been bound to an iommufd")
+        return 0
+    memory = ProcessMemory(tid)
     done = 0
-    for address, length in segments:
-        if length < 0:
-            raise OSError(errno.EINVAL, "a negative length")
-        wanted = min(length, REGION_ACCESS_MAX)
-        try:
-            if writes:
-                moved = opened.file.pwrite(offset + done, memory.read(address, wanted))
-            else:
-                data = opened.file.pread(offset + done, wanted)
-                memory.write(address, data)
-                moved = len(data)
-        except OSError:
-            if not done:
-                raise
-            break
-        done += moved
-        if moved < length:
-            break
+    opened.enter()
+    try:
+        for address, length in segments:
+            for at in range(address, address + length, REGION_PIECE):
+                wanted = min(address + length - at, REGION_PIECE)
+                if writes:
+                    moved = opened.file.pwrite(offset + done, memory.read(at, wanted))
+                else:
+                    data = opened.file.pread(offset + done, wanted)
+                    memory.write(at, data)
+                    moved = len(data)
+                done += moved
+                if moved < wanted:
+                    return done
+    except OSError:
+        if not done:
+            raise
+    finally:
+        opened.leave()
     return done
 
 

@@ -112,7 +112,7 @@ def _table(first_data_fd: int, offset_tag: int) -> tuple[_Row, ...]:
         _Row("lseek ftruncate fallocate fsync fdatasync sync_file_range", fast=data_fd(0)),
         _Row("open openat openat2 creat"),
         _Row("access faccessat faccessat2"),
-        _Row("stat lstat newfstatat statx"),
+        _Row("stat lstat fstat newfstatat statx"),
         _Row("readlink readlinkat"),
         _Row("io_uring_setup", action=_REFUSE),
     )

@@ -1,16 +1,30 @@
 """Reads and writes that wait, and the signals that they give way to.
 
-While a call is held its thread cannot run a signal handler, and no notification tells that one is
-due: /proc/TID/status does. A held call that has moved nothing is taken back then. It fails with
-EINTR, or, if the signal is the thread's own, in the way that makes the kernel repeat it under
-SA_RESTART: only then is it certain that this very thread has a signal to handle, and the internal
-errno never reaches a program.
+Theory of operation
+===================
+While a call is held its thread does not see signals, but for those that end it, and no
+notification tells that one is due: /proc/TID/status does. A held call that has moved nothing is
+taken back then. It fails with EINTR, or in the way that makes the kernel look at the signal and
+repeat the call if the handler was installed so (SA_RESTART), or if there is none and the process
+is merely stopped for a while. The latter may only be said to a thread that has a signal to look
+at, since the internal errno would reach the program otherwise: the signal is the thread's own, or
+the process has no other thread.
+
+A signal that a thread does not block, that is not ignored and yet is pending is about to do
+something: to run a handler, to stop the process, or to end it with a core dump.
+
+A call on a descriptor with O_NONBLOCK does not wait: it is taken back with EAGAIN.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import threading
 from typing import TYPE_CHECKING, NamedTuple
+
+from vfiomig.doors.syscall.notify import ERESTARTSYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,14 +32,11 @@ if TYPE_CHECKING:
     from vfiomig.core.transfer import Migf
     from vfiomig.doors.syscall.transfer import CallTransfer
 
-__all__ = ("HeldCalls", "Signals", "parse_signals")
+__all__ = ("HeldCalls", "interruption")
 
-
-class Signals(NamedTuple):
-    """Pending signals that have a handler and are not blocked."""
-
-    own: bool
-    shared: bool
+STOPS = sum(
+    1 << number - 1 for number in (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+)
 
 
 class Held(NamedTuple):
@@ -40,6 +51,8 @@ class HeldCalls:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._calls: dict[int, Held] = {}
+        #: How many there have ever been.
+        self.added = 0
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -47,6 +60,7 @@ class HeldCalls:
     def add(self, transfer: CallTransfer, migf: Migf, waits: Callable[[], bool]) -> None:
         with self._lock:
             self._calls[id(transfer)] = Held(transfer, migf, waits)
+            self.added += 1
 
     def discard(self, transfer: CallTransfer) -> None:
         with self._lock:
@@ -57,28 +71,44 @@ class HeldCalls:
         with self._lock:
             held = list(self._calls.values())
         for transfer, migf, waits in held:
-            signals = _pending(transfer.tid)
-            if signals.own or signals.shared or not waits():
-                transfer.restart = signals.own
+            number = 0 if waits() else errno.EINTR
+            number = number or _pending(transfer.tid)
+            if not number and _is_nonblocking(transfer.tid, transfer.fd):
+                number = errno.EAGAIN
+            if number:
+                transfer.withdrawn = number
                 migf.withdraw(transfer)
 
 
-def _pending(tid: int) -> Signals:
+def _pending(tid: int) -> int:
     try:
         with open(f"/proc/{tid}/status", encoding="utf-8", errors="replace") as status:
-            return parse_signals(status.read())
+            return interruption(status.read())
     except OSError:
-        return Signals(own=False, shared=False)
+        return 0
 
 
-def parse_signals(status: str) -> Signals:
-    """Read the signal masks of a /proc/TID/status."""
-    masks = {
-        name: int(value, 16)
-        for name, _, value in (line.partition(":") for line in status.splitlines())
-        if name in {"SigPnd", "ShdPnd", "SigBlk", "SigCgt"}
-    }
-    handled = masks.get("SigCgt", 0) & ~masks.get("SigBlk", 0)
-    return Signals(
-        own=bool(masks.get("SigPnd", 0) & handled), shared=bool(masks.get("ShdPnd", 0) & handled)
+def interruption(status: str) -> int:
+    """Tell from a /proc/TID/status with what a held call of the thread fails; 0: it goes on."""
+    lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    own, shared, blocked, ignored, caught = (
+        int(lines.get(name, "0"), 16) for name in ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt")
     )
+    due = ~(blocked | ignored)
+    if own & due:
+        return ERESTARTSYS
+    if lines.get("Threads", "").strip() == "1":
+        return ERESTARTSYS if shared & due else 0
+    # Perhaps another thread's: of a stop without a handler this one must not even hear.
+    return errno.EINTR if shared & due & ~(STOPS & ~caught) else 0
+
+
+def _is_nonblocking(tid: int, fd: int) -> bool:
+    try:
+        with open(f"/proc/{tid}/fdinfo/{fd}", encoding="ascii") as info:
+            for line in info:
+                if line.startswith("flags:"):
+                    return bool(int(line.split()[1], 8) & os.O_NONBLOCK)
+    except OSError:
+        pass
+    return False

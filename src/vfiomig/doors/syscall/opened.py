@@ -4,26 +4,37 @@ Theory of operation
 ===================
 A descriptor of ours is a placeholder in the program's table: a memfd for a device, an iommufd or
 a data_fd without poll, a pipe end for a data_fd with it. Every open has a placeholder of its own,
-so the inode behind /proc/TID/fd/N tells which open a number means, after dup, fork, exec and
-hand-over as well. Nothing is cached: a number may mean something else in the next call.
+so what /proc/TID/fd/N links to tells which open a number means, after dup, fork, exec and
+hand-over as well. Nothing is cached: a number may mean something else in the next call. The link
+is read, not followed: a file system that does not answer could hold up everybody else.
+
+When a session is over nobody can tell any more when the program closes its data_fd (readiness.py),
+and all of them answer alike. They leave the table; one open for each kind stays and stands for
+all. Such a pipe is known by a mark that it carries itself: its time of modification.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vfiomig.core.iommufd import Iommufd
     from vfiomig.core.transfer import Migf
     from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
+    from vfiomig.descriptors import Fd
     from vfiomig.doors.syscall.readiness import DataPipe
 
-__all__ = ("DataOpen", "DeviceOpen", "IommufdOpen", "Opened", "Table", "inode_of")
+__all__ = ("DataOpen", "DeviceOpen", "IommufdOpen", "Opened", "Table", "link_of")
 
-Inode: TypeAlias = tuple[int, int]
+#: Nanoseconds since 1970 that no other pipe has as its time of modification: "VFIO" and a number.
+MARK: Final = 0x5646_494F * 10**9
 
 
 @dataclass(slots=True, eq=False)
@@ -32,10 +43,42 @@ class DeviceOpen:
 
     number: int
     file: VfioDeviceFile
+    flags: int
+    label: str = field(init=False)
+    #: Regions of the device are answered by code of its author, which may take its time.
+    hooked: bool = field(init=False)
+    #: One entry for each call that is being answered: as in the kernel they keep the file alive.
+    calls: list[None] = field(default_factory=list, init=False)
+    closed: bool = field(default=False, init=False)
+    _left: threading.Event = field(default_factory=threading.Event, init=False)
 
-    @property
-    def label(self) -> str:
-        return f"vfio{self.number}"
+    def __post_init__(self) -> None:
+        device = self.file.device
+        self.label = device.name
+        self.hooked = any(r._reader or r._writer for r in device.device.regions.values())
+
+    def enter(self) -> None:
+        """Note that a call is being answered; EBADF if it lost a race against the last close."""
+        self.calls.append(None)
+        if self.closed:
+            self.leave()
+            raise OSError(errno.EBADF, f"{self.label} was closed")
+
+    def leave(self) -> None:
+        """Note that a call has been answered."""
+        self.calls.pop()
+        if self.closed:
+            self._left.set()
+
+    def close(self) -> None:
+        """Last close: wait for calls whose maker died, then give up what the open held."""
+        self.closed = True
+        while True:
+            self._left.clear()
+            if not self.calls:
+                break
+            self._left.wait()
+        self.file.release()
 
 
 @dataclass(slots=True, eq=False)
@@ -43,15 +86,18 @@ class IommufdOpen:
     """One open of /dev/iommu."""
 
     context: Iommufd
+    flags: int
     label: str = "iommu"
 
 
 @dataclass(slots=True, eq=False)
 class DataOpen:
-    """A data_fd. ``pipe`` is ``None`` where the device has no poll."""
+    """A data_fd of device ``number``. ``pipe`` is ``None`` where the device has no poll."""
 
+    number: int
     device: VfioDevice
     migf: Migf
+    mark: int
     pipe: DataPipe | None = None
     label: str = field(init=False)
 
@@ -62,42 +108,62 @@ class DataOpen:
 Opened: TypeAlias = DeviceOpen | IommufdOpen | DataOpen
 
 
-def inode_of(fd: int) -> Inode:
-    """Inode behind a descriptor of this process."""
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
+def link_of(fd: Fd) -> bytes:
+    """Return what tells a descriptor of this process from all others."""
+    return os.readlink(b"/proc/self/fd/%d" % fd.fileno())
 
 
 class Table:
-    """All opens, by the inode of their placeholder. Safe for concurrent use."""
+    """All opens, by the link to their placeholder. Safe for concurrent use.
 
-    def __init__(self) -> None:
+    ``refused`` is told of a thread whose descriptors this process may not look at.
+    """
+
+    def __init__(self, refused: Callable[[int], None] = lambda tid: None) -> None:  # noqa: ARG005
+        self._refused = refused
         self._lock = threading.Lock()
-        self._by_inode: dict[Inode, Opened] = {}
+        self._by_link: dict[bytes, Opened] = {}
+        self._over: dict[int, DataOpen] = {}
 
-    def add(self, inode: Inode, opened: Opened) -> None:
+    def __len__(self) -> int:
+        return len(self._by_link)
+
+    @staticmethod
+    def mark(number: int, *, saving: bool) -> int:
+        """Return the mark of data_fds of device ``number`` whose session is over."""
+        return MARK + 2 * number + saving
+
+    def add(self, link: bytes, opened: Opened) -> None:
         with self._lock:
-            self._by_inode[inode] = opened
+            self._by_link[link] = opened
 
     def remove(self, opened: Opened) -> None:
         with self._lock:
-            for inode in [i for i, known in self._by_inode.items() if known is opened]:
-                del self._by_inode[inode]
+            for link in [name for name, known in self._by_link.items() if known is opened]:
+                del self._by_link[link]
 
-    def replace(self, opened: Opened, other: Opened) -> None:
-        """Let whatever means ``opened`` mean ``other``."""
+    def retire(self, opened: DataOpen) -> None:
+        """Let the mark of ``opened`` stand for it from here on."""
         with self._lock:
-            for inode in [i for i, known in self._by_inode.items() if known is opened]:
-                self._by_inode[inode] = other
+            self._over.setdefault(opened.mark, opened)
+        self.remove(opened)
 
     def all(self) -> list[Opened]:
         with self._lock:
-            return list(self._by_inode.values())
+            return list(self._by_link.values())
 
     def find(self, tid: int, fd: int) -> Opened | None:
         """Tell what number ``fd`` of the thread means; ``None`` if it is not ours, or not open."""
         try:
-            status = os.stat(f"/proc/{tid}/fd/{fd & 0xFFFF_FFFF}")
+            link = os.readlink(b"/proc/%d/fd/%d" % (tid, fd & 0xFFFF_FFFF))
+        except PermissionError:
+            self._refused(tid)
+            return None
         except OSError:
             return None
-        return self._by_inode.get((status.st_dev, status.st_ino))
+        opened = self._by_link.get(link)
+        if opened is None and self._over and link.startswith(b"pipe:"):
+            with suppress(OSError):
+                mark = os.stat(f"/proc/{tid}/fd/{fd & 0xFFFF_FFFF}").st_mtime_ns
+                return self._over.get(mark)
+        return opened

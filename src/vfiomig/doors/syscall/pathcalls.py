@@ -1,113 +1,169 @@
 """System calls that name a path: open, stat, access and readlink in all their forms.
 
-A path that is not ours goes on to the kernel. Opening puts a placeholder into the program's
-table and answers the call in one step, so there is never a descriptor without an answer.
+Theory of operation
+===================
+A path that is not ours goes on to the kernel. Ours are found by name, from the program's working
+directory or the folder that the call names, and through /proc/self/fd: opening that is opening
+the device anew, as it is for a device of the kernel. Links elsewhere that lead to us are not
+followed.
+
+Opening puts a placeholder into the program's table and answers the call in one step, so there is
+never a descriptor without an answer.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 from typing import TYPE_CHECKING, Final
 
 from vfiomig.abi.syscalls import X86_64
 from vfiomig.doors.syscall.answers import CARRY_ON, HELD
-from vfiomig.doors.syscall.opened import DeviceOpen, IommufdOpen
-from vfiomig.doors.syscall.paths import DEVICES, IOMMU, read_path
-from vfiomig.memory import CallMemory, ProcessMemory
+from vfiomig.doors.syscall.opened import DataOpen, DeviceOpen, IommufdOpen
+from vfiomig.doors.syscall.paths import DEVICES, IOMMU, join, read_path
+from vfiomig.memory import CallMemory, MemoryRefused, ProcessMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vfiomig.descriptors import Fd
     from vfiomig.doors.syscall.answers import Answer, Handler
-    from vfiomig.doors.syscall.door import Door, Turn
+    from vfiomig.doors.syscall.door import Door
     from vfiomig.doors.syscall.notify import Notification
-    from vfiomig.doors.syscall.paths import DevTree
+    from vfiomig.doors.syscall.receivers import Turn
+
+    Action = Callable[[Notification, Turn, str], Answer]
 
 __all__ = ("PathCalls",)
 
-AT_FDCWD: Final = (1 << 64) - 100
+LOW: Final = 0xFFFF_FFFF
+AT_FDCWD: Final = LOW - 99
 AT_EMPTY_PATH: Final = 0x1000
+AT_SYMLINK_NOFOLLOW: Final = 0x100
 OPEN_HOW_SIZE: Final = 24  # struct open_how, first version: flags, mode, resolve
 #: Status flags that open hands on to the descriptor.
-KEPT_FLAGS: Final = os.O_ACCMODE | os.O_NONBLOCK | os.O_APPEND
+KEPT_FLAGS: Final = os.O_NONBLOCK | os.O_APPEND
+#: Paths that lead to a descriptor of the program, or of another process of it.
+TO_DESCRIPTOR = re.compile(
+    r"/proc/(?:self|thread-self|(?P<pid>[0-9]+)(?:/task/[0-9]+)?)/fd/(?P<fd>[0-9]+)"
+    r"|/dev/(?:fd/(?P<dev_fd>[0-9]+)|(?P<name>stdin|stdout|stderr))"
+)
+STANDARD: Final = {"stdin": 0, "stdout": 1, "stderr": 2}
+#: Calls that look at a link itself.
+ON_LINKS: Final = frozenset({X86_64["lstat"], X86_64["readlink"], X86_64["readlinkat"]})
 
 
 class PathCalls:
     """Answers for one door's tree of devices."""
 
-    def __init__(self, door: Door, tree: DevTree) -> None:
+    def __init__(self, door: Door) -> None:
         self._door = door
-        self._tree = tree
+        self._tree = door.tree
 
     def handlers(self) -> dict[int, Handler]:
         """Position of the directory (if any) and of the path, for each call."""
-        return {
-            X86_64[name]: self._handler(directory, path, action)
-            for name, directory, path, action in (
-                ("open", None, 0, self._open(1)),
-                ("creat", None, 0, self._creat),
-                ("openat", 0, 1, self._open(2)),
-                ("openat2", 0, 1, self._openat2),
-                ("access", None, 0, self._access(1)),
-                ("faccessat", 0, 1, self._access(2)),
-                ("faccessat2", 0, 1, self._access(2)),
-                ("stat", None, 0, self._stat(1)),
-                ("lstat", None, 0, self._stat(1)),
-                ("newfstatat", 0, 1, self._stat(2)),
-                ("statx", 0, 1, self._statx),
-                ("readlink", None, 0, self._readlink),
-                ("readlinkat", 0, 1, self._readlink),
-            )
+        rows: tuple[tuple[str, int | None, int, Action], ...] = (
+            ("open", None, 0, self._open(1)),
+            ("creat", None, 0, self._creat),
+            ("openat", 0, 1, self._open(2)),
+            ("openat2", 0, 1, self._openat2),
+            ("access", None, 0, self._access(1)),
+            ("faccessat", 0, 1, self._access(2)),
+            ("faccessat2", 0, 1, self._access(2)),
+            ("stat", None, 0, self._stat(1)),
+            ("lstat", None, 0, self._stat(1)),
+            ("newfstatat", 0, 1, self._stat(2)),
+            ("statx", 0, 1, self._statx),
+            ("readlink", None, 0, self._readlink(1)),
+            ("readlinkat", 0, 1, self._readlink(2)),
+        )
+        handlers = {
+            X86_64[name]: self._handler(directory, position, action)
+            for name, directory, position, action in rows
         }
+        return {**handlers, X86_64["fstat"]: self._fstat}
 
-    def _handler(
-        self,
-        directory: int | None,
-        position: int,
-        action: Callable[[Notification, Turn, str], Answer],
-    ) -> Handler:
+    def _handler(self, directory: int | None, position: int, action: Action) -> Handler:
         def handle(call: Notification, turn: Turn) -> Answer:
-            path = read_path(ProcessMemory(call.tid), call.args[position])
-            if path is None:
-                if directory is None or not self._stats_descriptor(call):
-                    return CARRY_ON
-                path = self._path_of(call, call.args[directory])
-            elif not path.startswith("/"):
-                path = self._path_in(call, directory, path)
-            if path is None or not self._tree.has(path):
+            try:
+                named = read_path(ProcessMemory(call.tid), call.args[position])
+            except MemoryRefused as problem:
+                self._door.say_once(str(problem))
                 return CARRY_ON
-            self._door.settle(turn)
-            if turn.traced is not None:
-                turn.traced.extend((path, NAMES[call.nr]))
+            if named is None:
+                if directory is None or not _names_descriptor(call):
+                    return CARRY_ON
+                path = self._path_of(call.tid, call.args[directory])
+            else:
+                path = self._resolve(call, directory, named)
+            if path is None:
+                return CARRY_ON
+            if turn.line is not None:
+                turn.line.about_path(path)
+            self._check(path, named or "")
+            self._door.settle(turn, self._tree.device(path))
             return action(call, turn, path)
 
         return handle
 
-    def _path_in(self, call: Notification, directory: int | None, path: str) -> str | None:
-        """Name a path that is relative to a listing of ours."""
-        if directory is None or call.args[directory] == AT_FDCWD:
-            return None
+    def _resolve(self, call: Notification, directory: int | None, named: str) -> str | None:
+        """Return the path of ours that a name leads to; ``None`` if it leads elsewhere."""
+        if not named.startswith("/"):
+            base = self._base(call, directory)
+            if base is None:
+                return None
+            named = f"{base}/{named}"
+        path = join("/", named)
+        match = TO_DESCRIPTOR.fullmatch(path)
+        if match is not None:
+            return self._through_descriptor(call, match)
+        return path if self._tree.has(path) or path.startswith(f"{DEVICES}/") else None
+
+    def _base(self, call: Notification, directory: int | None) -> str | None:
+        """Name the folder in which a relative path begins."""
+        fd = AT_FDCWD if directory is None else call.args[directory] & LOW
         try:
-            inside = os.readlink(f"/proc/{call.tid}/fd/{call.args[directory] & 0xFFFF_FFFF}")
+            link = os.readlink(f"/proc/{call.tid}/" + ("cwd" if fd == AT_FDCWD else f"fd/{fd}"))
         except OSError:
             return None
-        return self._tree.inside(inside, path)
+        return self._tree.name_of(link)
 
-    def _stats_descriptor(self, call: Notification) -> bool:
-        flags = {X86_64["newfstatat"]: 3, X86_64["statx"]: 2}.get(call.nr)
-        return flags is not None and bool(call.args[flags] & AT_EMPTY_PATH)
+    def _through_descriptor(self, call: Notification, match: re.Match[str]) -> str | None:
+        on_link = call.nr in ON_LINKS or (
+            call.nr == X86_64["newfstatat"] and call.args[3] & AT_SYMLINK_NOFOLLOW
+        )
+        if on_link and call.nr not in {X86_64["readlink"], X86_64["readlinkat"]}:
+            return None
+        fd = int(match["fd"] or match["dev_fd"] or STANDARD[match["name"]])
+        return self._path_of(int(match["pid"] or call.tid), fd)
 
-    def _path_of(self, call: Notification, fd: int) -> str | None:
-        """Name the path of an open: fstat of a device shows the device."""
-        opened = self._door.table.find(call.tid, fd)
+    def _path_of(self, tid: int, fd: int) -> str | None:
+        """Name what a descriptor of ours is an open of: fstat of a device shows the device."""
+        opened = self._door.table.find(tid, fd)
         if isinstance(opened, DeviceOpen):
-            return f"{DEVICES}/{self._door.devices[opened.number].name}"
-        return IOMMU if isinstance(opened, IommufdOpen) else None
+            return f"{DEVICES}/{opened.label}"
+        if isinstance(opened, IommufdOpen):
+            return IOMMU
+        if isinstance(opened, DataOpen) or not self._tree.is_made:
+            return None
+        try:
+            path = self._tree.name_of(os.readlink(f"/proc/{tid}/fd/{fd & LOW}"))
+        except OSError:
+            return None
+        return path if self._tree.has(path) else None
+
+    def _check(self, path: str, named: str) -> None:
+        """Refuse what is not there: the real machine's devices are not this program's."""
+        if not self._tree.has(path):
+            is_below = self._tree.device(os.path.dirname(path)) is not None
+            raise OSError(errno.ENOTDIR if is_below else errno.ENOENT, path)
+        if named.endswith(("/", "/.")) and not self._tree.is_folder(path):
+            raise OSError(errno.ENOTDIR, path)
 
     # Opening.
 
-    def _open(self, position: int) -> Callable[[Notification, Turn, str], Answer]:
+    def _open(self, position: int) -> Action:
         return lambda call, turn, path: self._do_open(call, turn, path, call.args[position])
 
     def _creat(self, call: Notification, turn: Turn, path: str) -> Answer:
@@ -120,46 +176,82 @@ class PathCalls:
         return self._do_open(call, turn, path, int.from_bytes(how[:8], "little"))
 
     def _do_open(self, call: Notification, turn: Turn, path: str, flags: int) -> Answer:
-        if flags & os.O_CREAT and flags & os.O_EXCL:
+        if flags & os.O_CREAT and flags & os.O_EXCL and not flags & os.O_PATH:
             raise OSError(errno.EEXIST, path)
-        number = self._tree.device(path)
-        if self._tree.is_folder(path):
+        is_folder = self._tree.is_folder(path)
+        if flags & os.O_DIRECTORY and not is_folder:
+            raise OSError(errno.ENOTDIR, path)
+        if flags & os.O_PATH:
+            fd = self._tree.open_native(path, os.O_PATH)
+        elif is_folder:
             if flags & (os.O_CREAT | os.O_ACCMODE):
                 raise OSError(errno.EISDIR, path)
-            fd = self._tree.open_folder(path)
-        elif flags & os.O_DIRECTORY:
-            raise OSError(errno.ENOTDIR, path)
-        elif number is None:
-            fd = self._door.open_iommu(flags & KEPT_FLAGS)
+            fd = self._tree.open_native(path, os.O_RDONLY | os.O_DIRECTORY)
         else:
-            turn.pass_on()  # a V6 device starts here
-            fd = self._door.open_device(number, flags & KEPT_FLAGS)
+            # The odd mode 3 opens for requests only; reading is not missed where it changes nothing.
+            mode = flags & os.O_ACCMODE
+            kept = flags & KEPT_FLAGS | (mode if mode != os.O_ACCMODE else os.O_RDONLY)
+            fd = self._open_file(path, kept, turn)
         with fd:
             self._door.give(call, fd, cloexec=bool(flags & os.O_CLOEXEC), turn=turn)
         return HELD
 
+    def _open_file(self, path: str, flags: int, turn: Turn) -> Fd:
+        number = self._tree.device(path)
+        if number is None:
+            return self._door.open_iommu(flags)
+        turn.pass_on()  # a V6 device starts here
+        return self._door.open_device(number, flags)
+
     # Looking.
 
-    def _access(self, position: int) -> Callable[[Notification, Turn, str], Answer]:
-        def action(call: Notification, turn: Turn, path: str) -> Answer:  # noqa: ARG001
-            self._tree.check_access(path, call.args[position] & 0xFFFF_FFFF)
+    def _access(self, position: int) -> Action:
+        def action(call: Notification, _turn: Turn, path: str) -> Answer:
+            mode = call.args[position] & LOW
+            if mode & ~(os.R_OK | os.W_OK | os.X_OK):
+                raise OSError(errno.EINVAL, "mode")
+            if mode & os.X_OK and not self._tree.is_folder(path):
+                raise OSError(errno.EACCES, path)
             return 0
 
         return action
 
-    def _stat(self, position: int) -> Callable[[Notification, Turn, str], Answer]:
-        def action(call: Notification, turn: Turn, path: str) -> Answer:  # noqa: ARG001
+    def _stat(self, position: int) -> Action:
+        def action(call: Notification, _turn: Turn, path: str) -> Answer:
             ProcessMemory(call.tid).write(call.args[position], self._tree.stat(path))
             return 0
 
         return action
 
-    def _statx(self, call: Notification, turn: Turn, path: str) -> Answer:  # noqa: ARG002
+    def _statx(self, call: Notification, _turn: Turn, path: str) -> Answer:
         ProcessMemory(call.tid).write(call.args[4], self._tree.statx(path))
         return 0
 
-    def _readlink(self, call: Notification, turn: Turn, path: str) -> Answer:  # noqa: ARG002
-        raise OSError(errno.EINVAL, f"{path} is no symbolic link")
+    def _fstat(self, call: Notification, turn: Turn) -> Answer:
+        path = self._path_of(call.tid, call.args[0])
+        if path is None:
+            return CARRY_ON
+        if turn.line is not None:
+            turn.line.about_access(path)
+        return self._stat(1)(call, turn, path)
+
+    def _readlink(self, position: int) -> Action:
+        """Read what /proc/self/fd/N links to; nothing else of ours is a link."""
+
+        def action(call: Notification, _turn: Turn, path: str) -> Answer:
+            named = read_path(ProcessMemory(call.tid), call.args[position - 1]) or ""
+            if "/fd/" not in named:
+                raise OSError(errno.EINVAL, f"{path} is no symbolic link")
+            size = call.args[position + 1] & LOW
+            if not 0 < size <= LOW >> 1:
+                raise OSError(errno.EINVAL, "size of the buffer")
+            text = os.fsencode(path)[:size]
+            ProcessMemory(call.tid).write(call.args[position], text)
+            return len(text)
+
+        return action
 
 
-NAMES: Final = {number: name for name, number in X86_64.items()}
+def _names_descriptor(call: Notification) -> bool:
+    flags = {X86_64["newfstatat"]: 3, X86_64["statx"]: 2}.get(call.nr)
+    return flags is not None and bool(call.args[flags] & AT_EMPTY_PATH)

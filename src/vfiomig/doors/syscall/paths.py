@@ -1,31 +1,33 @@
 """/dev/vfio/devices/vfioN and /dev/iommu, for a program on a machine that has neither.
 
-Only absolute paths are ours; ``//`` and ``..`` in them are understood. A listing of
-/dev/vfio/devices is a real directory of this process with an empty file for every device, so
-that the program's own readdir works; opening such a file through it is seen by its inode.
+What stat says of them is made up here, of the folders as well. A listing is a real directory, so
+that the program's own readdir works on it: it is made, under a temporary name, when the program
+first opens a folder (or asks for a mere O_PATH handle), and its entries are device nodes that
+open nothing. A descriptor of it is recognized by where it leads.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import posixpath
 import stat
 import struct
 import tempfile
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final
 
 from vfiomig.descriptors import Fd
+from vfiomig.memory import MemoryFault
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
     from vfiomig.memory import ProcessMemory
 
-__all__ = ("DEVICES", "IOMMU", "DevTree", "read_path")
+__all__ = ("DEVICES", "IOMMU", "DevTree", "join", "read_path")
 
 VFIO = "/dev/vfio"
 DEVICES = "/dev/vfio/devices"
@@ -33,10 +35,17 @@ IOMMU = "/dev/iommu"
 PATH_MAX = 4096
 #: Bytes that tell nearly every path from one of ours.
 FIRST_LOOK = 64
+#: What a path of ours, or one that leads to a descriptor of ours, contains.
+WORDS = (b"vfio", b"iommu", b"/fd/", b"/dev/std")
 
-_MAJOR = 510  # of the local and experimental range
+MAJOR: Final = 510  # of the local and experimental range
+FILE_SYSTEM: Final = os.makedev(0, 0x5646)
+STATX_BASIC_STATS: Final = 0x7FF
 _STAT = struct.Struct("<QQQIIIIQqqq6Q24x")  # struct stat of x86-64
-_STATX = struct.Struct("<IIQIIIHHQQQQ4x12x4x12x4x12x4x12x8x8x112x")
+#: struct statx up to its first timestamp, a timestamp, and the device numbers behind the four.
+_STATX_HEAD = struct.Struct("<IIQIIIHHQQQQ")
+_STATX_TIME = struct.Struct("<qI4x")
+_STATX_DEVICES = struct.Struct("<IIII")
 
 
 class DevTree:
@@ -44,118 +53,115 @@ class DevTree:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._devices = {f"{DEVICES}/{name}": number for number, name in enumerate(names)}
-        self._directory = tempfile.TemporaryDirectory(prefix="vfiomig-dev-")
-        root = Path(self._directory.name)
-        (root / "devices").mkdir()
-        for name in names:
-            (root / "devices" / name).touch()
-        self._folders = {VFIO: root, DEVICES: root / "devices"}
+        self._inodes = {
+            path: number
+            for number, path in enumerate((VFIO, DEVICES, IOMMU, *self._devices), start=2)
+        }
+        self._made = time.time_ns()
+        self._lock = threading.Lock()
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
 
-    def __enter__(self) -> Self:
-        return self
+    def close(self) -> None:
+        if self._directory is not None:
+            self._directory.cleanup()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._directory.cleanup()
+    @property
+    def is_made(self) -> bool:
+        """Whether there is a real directory, to which descriptors could lead."""
+        return self._directory is not None
 
     def has(self, path: str) -> bool:
-        return path in self._devices or path in self._folders or path == IOMMU
+        return path in self._inodes
 
     def device(self, path: str) -> int | None:
         """Return the number of the device at ``path``."""
         return self._devices.get(path)
 
     def is_folder(self, path: str) -> bool:
-        return path in self._folders
+        return path in {VFIO, DEVICES}
 
-    def open_folder(self, path: str) -> Fd:
-        return Fd(os.open(self._folders[path], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    def open_native(self, path: str, flags: int) -> Fd:
+        """Open what stands for ``path`` in the real directory."""
+        return Fd(os.open(self._root() + path, flags | os.O_CLOEXEC))
 
-    def inside(self, directory: str, path: str) -> str | None:
-        """Name a relative path that starts in a folder of ours, ``directory`` as /proc has it."""
-        for name, folder in self._folders.items():
-            if directory == str(folder):
-                return posixpath.normpath(f"{name}/{path}")
-        return None
+    def name_of(self, link: str) -> str:
+        """Return the path of ours that a path of the real directory stands for, or ``link``."""
+        if self._directory is None or not link.startswith(self._directory.name):
+            return link
+        return link[len(self._directory.name) :] or "/"
 
     def stat(self, path: str) -> bytes:
         """Return ``struct stat``: a directory, or a character device that only its owner uses."""
         mode, links, rdev = self._mode(path)
-        return _STAT.pack(
-            0,
-            self._number(path),
-            links,
-            mode,
-            os.getuid(),
-            os.getgid(),
-            0,
-            rdev,
-            0,
-            4096,
-            0,
-            *NO_TIMES,
-        )
+        owner = os.geteuid(), os.getegid()
+        times = divmod(self._made, 10**9) * 3
+        inode = self._inodes[path]
+        return _STAT.pack(FILE_SYSTEM, inode, links, mode, *owner, 0, rdev, 0, 4096, 0, *times)
 
     def statx(self, path: str) -> bytes:
         """Return ``struct statx`` with the basic fields."""
         mode, links, rdev = self._mode(path)
-        data = bytearray(256)
-        struct.pack_into(
-            "<IIQIIIHHQ",
-            data,
-            0,
-            STATX_BASIC,
-            4096,
-            0,
-            links,
-            os.getuid(),
-            os.getgid(),
-            mode,
-            0,
-            self._number(path),
+        owner = os.geteuid(), os.getegid()
+        head = _STATX_HEAD.pack(
+            STATX_BASIC_STATS, 4096, 0, links, *owner, mode, 0, self._inodes[path], 0, 0, 0
         )
-        struct.pack_into("<II", data, 0x80, os.major(rdev), os.minor(rdev))
-        return bytes(data)
-
-    def check_access(self, path: str, mode: int) -> None:
-        """Answer access(2): everything but executing a device."""
-        if mode & os.X_OK and not self.is_folder(path):
-            raise OSError(errno.EACCES, path)
-
-    def _number(self, path: str) -> int:
-        return 1 + sorted([*self._devices, *self._folders, IOMMU]).index(path)
+        made = _STATX_TIME.pack(*divmod(self._made, 10**9))
+        numbers = (os.major(rdev), os.minor(rdev), os.major(FILE_SYSTEM), os.minor(FILE_SYSTEM))
+        # Access, birth (which is not among the basic fields), change, modification.
+        return (head + made + bytes(16) + made + made + _STATX_DEVICES.pack(*numbers)).ljust(
+            256, b"\0"
+        )
 
     def _mode(self, path: str) -> tuple[int, int, int]:
         """Mode, number of links and device number."""
         if self.is_folder(path):
-            return stat.S_IFDIR | 0o755, 2, 0
+            return stat.S_IFDIR | 0o755, 3 if path == VFIO else 2, 0
         minor = 0 if path == IOMMU else 1 + self._devices[path]
-        return stat.S_IFCHR | 0o600, 1, os.makedev(_MAJOR, minor)
+        return stat.S_IFCHR | 0o600, 1, os.makedev(MAJOR, minor)
+
+    def _root(self) -> str:
+        with self._lock:
+            if self._directory is None:
+                directory = tempfile.TemporaryDirectory(prefix="vfiomig-dev-")
+                Path(directory.name + DEVICES).mkdir(parents=True)
+                for path in (IOMMU, *self._devices):
+                    _make_node(directory.name + path)
+                self._directory = directory
+            return self._directory.name
 
 
-NO_TIMES = (0,) * 6
-STATX_BASIC = 0x7FF
+def _make_node(path: str) -> None:
+    """Make an entry that readdir calls a character device, or at least an entry."""
+    # The number 0:0 (a whiteout) is the one that needs no privilege; it opens nothing.
+    with suppress(PermissionError):
+        os.mknod(path, stat.S_IFCHR | 0o600, 0)
+        return
+    Path(path).touch(0o600)
 
 
 def read_path(memory: ProcessMemory, address: int) -> str | None:
-    """Read a path if it could be one of ours; ``None`` for others, and for bad pointers.
+    """Read a path if it could lead to us; ``None`` for others, and for bad pointers.
 
     The kernel looks at what is not ours itself, and knows best how to fail.
     """
-    data = bytearray(PATH_MAX)
-    with contextlib.suppress(OSError):
-        got = memory.read_into(address, memoryview(data)[:FIRST_LOOK])
-        head = bytes(data[:got])
-        if b"\0" not in head:
-            if got < FIRST_LOOK:
-                return None
-            got += memory.read_into(address + got, memoryview(data)[got:])
-        text, end, _ = bytes(data[:got]).partition(b"\0")
-        if end and (b"vfio" in text or b"iommu" in text):
-            path = os.fsdecode(text)
-            return "/" + posixpath.normpath(path).lstrip("/") if path[0] == "/" else path
+    try:
+        data = memory.read(address, FIRST_LOOK)
+    except MemoryFault:
+        data = _read_up_to(memory, address, FIRST_LOOK)
+    if b"\0" not in data and len(data) == FIRST_LOOK:
+        data += _read_up_to(memory, address + FIRST_LOOK, PATH_MAX - FIRST_LOOK)
+    text, end, _ = data.partition(b"\0")
+    if end and any(word in text for word in WORDS):
+        return os.fsdecode(text)
     return None
+
+
+def _read_up_to(memory: ProcessMemory, address: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    return bytes(buffer[: memory.read_into(address, buffer)])
+
+
+def join(base: str, path: str) -> str:
+    """Put a path together without ``//``, ``.`` and ``..``."""
+    path = posixpath.normpath(posixpath.join(base, path))
+    return path[1:] if path.startswith("//") else path

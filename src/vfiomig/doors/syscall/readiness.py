@@ -13,7 +13,8 @@ resuming              the pipe is empty                   OUT
 resuming, over        our end is shut                     OUT and ERR
 ====================  ==================================  ===========================
 
-The byte is never read by the program: the door answers its reads itself.
+The byte is never read by the program: the door answers its reads itself. With our end shut nobody
+tells us of the program's close, so a pipe whose session is over carries a mark (opened.py).
 """
 
 from __future__ import annotations
@@ -28,23 +29,39 @@ from vfiomig.descriptors import Fd, reopen
 from vfiomig.fsm import SessionKind
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vfiomig.core.transfer import Migf
 
 __all__ = ("DataPipe",)
 
 
 class DataPipe:
-    """A pipe that follows the readiness of ``migf``."""
+    """A pipe that can follow the readiness of ``migf``.
 
-    def __init__(self, migf: Migf) -> None:
+    ``work`` wakes whoever waits on it when the program may have closed its last copy.
+    """
+
+    def __init__(self, migf: Migf, work: select.epoll) -> None:
         self._migf = migf
         self._saving = migf.kind is SessionKind.SAVING
         self._lock = threading.Lock()
         self._shown = False  # the byte lies in the pipe
+        self._mark = 0
+        self._over: Callable[[], None] = lambda: None
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         self.program_end = Fd(read_end if self._saving else write_end)
         self._own_end = Fd(write_end if self._saving else read_end)
-        migf.watch(self.refresh)
+        work.register(self._own_end, 0)  # the end of the other side is reported unasked
+
+    def follow(self, mark: int, over: Callable[[], None]) -> None:
+        """Show from here on what the session is ready for.
+
+        When it is over the pipe gets ``mark`` as its time of modification and ``over`` is called.
+        """
+        self._mark = mark
+        self._over = over
+        self._migf.watch(self.refresh)
         self.refresh()
 
     def refresh(self) -> None:
@@ -56,7 +73,10 @@ class DataPipe:
             if self._saving:
                 self._show_locked(over or self._migf.ready)
             if over:
+                os.utime(self._own_end.fileno(), ns=(self._mark, self._mark))
                 self._own_end.close()
+        if over:
+            self._over()
 
     def abandoned(self) -> bool:
         """Whether the program has no copy left. Also after the session: nobody can tell then."""
@@ -66,11 +86,6 @@ class DataPipe:
             poller = select.poll()
             poller.register(self._own_end, 0)
             return bool(poller.poll(0))
-
-    def watched(self) -> int | None:
-        """Return the descriptor whose POLLERR or POLLHUP means ``abandoned``."""
-        with self._lock:
-            return None if self._own_end.closed else self._own_end.fileno()
 
     def close(self) -> None:
         with self._lock:

@@ -27,7 +27,9 @@ FilterName = Literal["exact", "fast"]
 
 #: With the fast filter data_fds have the numbers from this many below the limit on.
 DATA_FDS = 256
-_HANDED_OVER = re.compile(r"\{(dev(?P<device>\d+)|iommu)\}")
+_HANDED_OVER = re.compile(r"\{(?:dev(?P<device>0|[1-9][0-9]*)|iommu)\}")
+#: Programs do not count so far, and a table up to here costs little.
+LAST_DATA_FD = 1 << 16
 
 
 def run(
@@ -61,9 +63,13 @@ def run(
                 code,
                 keep_open=[fd.fileno() for fd in kept],
             )
-        with program, relaying_signals(program):
-            door.serve(program.listener)
-            return program.wait()
+        with program:
+            door.start(program.listener)
+            with relaying_signals(program):
+                exit_code = program.wait()
+            program.wait_for_descendants()
+    door.check()
+    return exit_code
 
 
 def _hand_over(argv: Sequence[str], door: Door, ours: ExitStack) -> tuple[list[str], list[Fd]]:
@@ -89,5 +95,5 @@ def _hand_over(argv: Sequence[str], door: Door, ours: ExitStack) -> tuple[list[s
 
 def _first_data_fd() -> int:
     """Descriptor numbers that programs hardly reach, below the limit that they inherit."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return max(limit - DATA_FDS, limit // 2)
+    limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], LAST_DATA_FD)
+    return max(limit - DATA_FDS, limit // 2, 3)

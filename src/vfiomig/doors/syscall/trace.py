@@ -1,9 +1,14 @@
-"""One line for every request that the door answered, for people or as JSON."""
+"""One line for every request that the door answered, for people or as JSON.
+
+A line that cannot be written (the disk is full, the reader of a pipe is gone) ends the trace with
+one warning; the program's requests are answered as before.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import struct
 import threading
 import time
@@ -11,6 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import FdKind, feature_name, request_name
+from vfiomig.abi.syscalls import X86_64
 from vfiomig.fsm import State
 
 if TYPE_CHECKING:
@@ -19,10 +25,11 @@ if TYPE_CHECKING:
     from vfiomig.core.migration import ArcEvent
     from vfiomig.core.vfio_device import VfioDevice
     from vfiomig.doors.syscall.caller import SyscallCaller
-    from vfiomig.doors.syscall.door import Turn
     from vfiomig.doors.syscall.notify import Notification
 
-__all__ = ("Trace",)
+__all__ = ("Line", "Trace")
+
+log = logging.getLogger("vfiomig.doors.syscall")
 
 OPERATIONS = (
     (vfio.VFIO_DEVICE_FEATURE_PROBE, "PROBE"),
@@ -30,57 +37,99 @@ OPERATIONS = (
     (vfio.VFIO_DEVICE_FEATURE_SET, "SET"),
 )
 HEADER = struct.Struct("<II")
+NAMES = {number: name for name, number in X86_64.items()}
+#: Arguments of system calls other than ioctl that a line shows, by their position.
+SHOWN = {
+    **dict.fromkeys(("read", "write", "readv", "writev"), ((2, "d"),)),
+    **dict.fromkeys(
+        ("pread64", "pwrite64", "preadv", "pwritev", "preadv2", "pwritev2"),
+        ((2, "d"), (3, "#x")),
+    ),
+    "mmap": ((1, "d"), (5, "#x")),
+    "ftruncate": ((1, "d"),),
+}
+
+
+class Line:
+    """What is going to be told of one call; of calls that are not about us, nothing."""
+
+    __slots__ = ("arcs", "call", "is_path", "on", "request")
+
+    def __init__(self, call: Notification) -> None:
+        self.call = call
+        self.on = ""
+        self.request = ""
+        self.is_path = False
+        self.arcs: list[str] = []
+
+    def about_path(self, path: str) -> None:
+        self.on, self.is_path = path, True
+        self.request = NAMES[self.call.nr]
+
+    def about_access(self, label: str) -> None:
+        name = NAMES[self.call.nr]
+        words = (format(_signed(self.call.args[at]), how) for at, how in SHOWN.get(name, ()))
+        self.on, self.request = label, f"{name}({', '.join(words)})"
+
+    def about_request(self, label: str, kind: FdKind, caller: SyscallCaller) -> None:
+        """Name a request, with the part of its argument that tells what it is about."""
+        number, arg = self.call.args[1] & 0xFFFF_FFFF, self.call.args[2]
+        name = request_name(kind, number)
+        try:
+            detail = _detail(name, arg, caller)
+        except OSError:
+            detail = f"{arg:#x}"
+        self.on, self.request = label, f"{name}({detail})"
 
 
 class Trace:
     """Writes to ``out``; times are seconds since it was made."""
 
     def __init__(self, out: TextIO, devices: Sequence[VfioDevice], *, as_json: bool) -> None:
-        self._out = out
+        self._out: TextIO | None = out
         self._as_json = as_json
         self._start = time.monotonic()
         self._lock = threading.Lock()
-        self._local = threading.local()
+        self._current = threading.local()
         for device in devices:
             device.migration.observers.append(self._saw_arc)
 
-    def begin(self, turn: Turn) -> None:
-        """Start to collect what a call turns out to be."""
-        turn.traced = []
-        self._local.arcs = []
+    def begin(self, call: Notification) -> Line:
+        """Start to collect what a call, answered by this thread, turns out to be."""
+        self._current.line = line = Line(call)
+        return line
 
-    def end(self, call: Notification, traced: Sequence[str], result: int) -> None:
-        """Write the line; ``traced`` is what the call is made on, and what it asks."""
-        on, asks = traced[0], traced[1]
-        arcs = [str(event) for event in getattr(self._local, "arcs", ())]
+    def end(self, line: Line, result: int) -> None:
+        """Write the line, before the program can go on."""
+        if not line.on:
+            return
         row: dict[str, object] = {
             "time": round(time.monotonic() - self._start, 6),
-            "thread": call.tid,
-            "fd": None if on.startswith("/") else call.args[0] & 0xFFFF_FFFF,
-            "on": on,
-            "request": asks,
-            "arcs": arcs,
+            "thread": line.call.tid,
+            "fd": None if line.is_path else line.call.args[0] & 0xFFFF_FFFF,
+            "on": line.on,
+            "request": line.request,
+            "arcs": list(line.arcs),
             "result": max(result, -1),
             "errno": errno.errorcode.get(-result, str(-result)) if result < 0 else None,
         }
-        line = json.dumps(row) if self._as_json else _render(row)
-        with self._lock:
-            self._out.write(line + "\n")
-            self._out.flush()
+        self._write(json.dumps(row) if self._as_json else _render(row))
 
-    def request(self, kind: FdKind, number: int, call: Notification, caller: SyscallCaller) -> str:
-        """Name a request, with the part of its argument that tells what it is about."""
-        name = request_name(kind, number)
-        try:
-            detail = _detail(name, call.args[2], caller)
-        except OSError:
-            detail = f"{call.args[2]:#x}"
-        return f"{name}({detail})"
+    def _write(self, text: str) -> None:
+        with self._lock:
+            if self._out is None:
+                return
+            try:
+                self._out.write(text + "\n")
+                self._out.flush()
+            except (OSError, ValueError) as failure:
+                self._out = None
+                log.warning("the trace ends here, it cannot be written: %s", failure)
 
     def _saw_arc(self, event: ArcEvent) -> None:
-        arcs = getattr(self._local, "arcs", None)
-        if arcs is not None:
-            arcs.append(event)
+        line: Line | None = getattr(self._current, "line", None)
+        if line is not None:
+            line.arcs.append(str(event))
 
 
 def _detail(name: str, arg: int, caller: SyscallCaller) -> str:
@@ -101,6 +150,10 @@ def _detail(name: str, arg: int, caller: SyscallCaller) -> str:
 def _state(data: bytes) -> str:
     number = int.from_bytes(data, "little")
     return State(number).name if number < len(State) else str(number)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
 
 
 def _render(row: dict[str, object]) -> str:
