@@ -1,0 +1,111 @@
+"""The threads that receive a program's calls, one of them at a time.
+
+Theory of operation
+===================
+One thread receives, answers, and receives again: nothing is handed from thread to thread. Before
+it does what may take long it passes the receiver's role on (``Turn.pass_on``) to an idle thread,
+or to a new one if none is idle; when it is done it is idle itself. So calls are always received,
+and there are no more threads than calls were ever under way at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vfiomig.doors.syscall.notify import Listener, Notification
+    from vfiomig.doors.syscall.trace import Line
+
+__all__ = ("Receivers", "Turn")
+
+log = logging.getLogger("vfiomig.doors.syscall")
+
+
+class Turn:
+    """What the thread that received a call needs while it answers it."""
+
+    __slots__ = ("_receivers", "line", "passed_on")
+
+    def __init__(self, receivers: Receivers) -> None:
+        self._receivers = receivers
+        self.passed_on = False
+        #: What the trace is going to say of the call.
+        self.line: Line | None = None
+
+    def pass_on(self) -> None:
+        """Let another thread receive: this call may take long."""
+        if not self.passed_on:
+            self.passed_on = True
+            self._receivers.receive_elsewhere()
+
+
+class Receivers:
+    """Threads that give each call of ``listener`` to ``answer``, until the program's end."""
+
+    def __init__(self, listener: Listener, answer: Callable[[Notification, Turn], None]) -> None:
+        self._listener = listener
+        self._answer = answer
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._role = threading.Semaphore(0)
+        self._over = False
+        #: What ended the receiving before the program's end.
+        self.failure: BaseException | None = None
+
+    def receive_elsewhere(self) -> None:
+        """Have another thread receive; start one if none is idle."""
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+                self._role.release()
+                return
+            # Daemons: one that is stuck in a device's hook must not hold up the exit.
+            thread = threading.Thread(target=self._run, name="vfiomig-door", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def finish(self, deadline: float) -> bool:
+        """Wait until ``deadline`` (monotonic) for the calls under way; ``False``: some still are.
+
+        Call it when the program has ended, or its listener has been closed.
+        """
+        self._end()
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
+
+    def _run(self) -> None:
+        try:
+            self._receive()
+        except BaseException as failure:
+            # Nobody would answer the program any more: ENOSYS is better than waiting for ever.
+            log.exception("receiving failed; the program's further calls get ENOSYS")
+            self.failure = failure
+            self._listener.close()
+        self._end()
+
+    def _receive(self) -> None:
+        receive = self._listener.receive
+        while (call := receive()) is not None:
+            turn = Turn(self)
+            self._answer(call, turn)
+            if turn.passed_on:
+                with self._lock:
+                    self._idle += 1
+                self._role.acquire()  # until the role comes back, or the end
+                if self._over:
+                    return
+
+    def _end(self) -> None:
+        self._over = True
+        with self._lock:
+            for _ in self._threads:
+                self._role.release()
