@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Literal
+from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation at run time
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -16,9 +17,6 @@ from vfiomig.doors.syscall.trace import Trace
 from vfiomig.errors import DoorError, SpecError
 from vfiomig.models import make
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 __all__ = ("run",)
 
 
@@ -27,7 +25,7 @@ def run(
     device: list[str],
     dialect: Dialect = Dialect.LANDED,
     filter: Literal["exact", "fast"] = "exact",  # noqa: A002 - the option's name
-    trace: Path | None = None,
+    trace: Annotated[Path | None, Parameter(allow_leading_hyphen=True)] = None,
     trace_format: Literal["text", "json"] = "text",
 ) -> int:
     """Run a program that uses VFIO devices written in Python.
