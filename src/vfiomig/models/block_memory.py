@@ -47,6 +47,8 @@ PLACES: Final = 31
 SPANS: Final = 256
 LONG_SPAN: Final = 8 << 20
 MOST_SPANS: Final = 32768
+#: Memory up to this size is not worth the mappings: its content is copied there.
+SMALL: Final = 4 << 20
 #: Bytes that get pages of their own, how many at a time, and for how long while one waits.
 POPULATED: Final = 1 << 30
 POPULATE_STEP: Final = 256 << 10
@@ -80,17 +82,27 @@ class PowerOn:
         self.size = len(self._base)
         self._checksums: dict[tuple[int, int], int] = {}
 
-    def map(self, address: int, size: int) -> None:
-        """Put the content at ``address``, in place of what is mapped there."""
+    def place(self, address: int, size: int) -> None:
+        """Put the content at ``address``, in place of what is there."""
+        if size <= SMALL:
+            for start, length, place in self._spans(size):
+                ctypes.memmove(address + start, self.address + place, length)
+        else:
+            self._map(address, size)
+
+    def _map(self, address: int, size: int) -> None:
         with Fd(os.memfd_create("vfiomig-power-on", os.MFD_CLOEXEC)) as file:
-            os.write(file.fileno(), memoryview(self._base)[: size + (PLACES - 1) * PAGE])
+            os.write(file.fileno(), self._base)
             flags = mmap.MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE
             access = mmap.PROT_READ | mmap.PROT_WRITE
-            for number, start in enumerate(range(0, size, self._span)):
-                length = min(self._span, size - start)
-                place = number % PLACES * PAGE
+            for start, length, place in self._spans(size):
                 if _mmap(address + start, length, access, flags, file.fileno(), place) is None:
                     raise OSError(ctypes.get_errno(), "power-on content")  # pragma: no cover
+
+    def _spans(self, size: int) -> Iterator[tuple[int, int, int]]:
+        """Offset in the memory, length, and offset in the base, of every span."""
+        for number, start in enumerate(range(0, size, self._span)):
+            yield start, min(self._span, size - start), number % PLACES * PAGE
 
     def checksum(self, offset: int, length: int) -> int:
         """The CRC-32 of ``length`` bytes at ``offset`` of the memory, inside one span."""
@@ -122,7 +134,7 @@ class BlockMemory:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self._content = bytearray(self.blocks)
         self._checksums = array("I", bytes(4 * self.blocks))
-        self._power_on.map(self._address, size)
+        self._power_on.place(self._address, size)
         _populate(self._map, self._address)
 
     def length(self, block: int) -> int:
@@ -132,7 +144,7 @@ class BlockMemory:
         """Return to the power-on content of ``seed``."""
         with self.lock:
             self._power_on = power_on(seed, self._span)
-            self._power_on.map(self._address, self.size)
+            self._power_on.place(self._address, self.size)
             self._content[:] = bytes(self.blocks)
 
     def adopt(self, seed: int) -> None:
@@ -204,6 +216,8 @@ def _populate(memory: mmap.mmap, address: int) -> None:
     """Give the first part of a memory pages of its own: at once, or what takes longer later."""
     # A fork would make every page of it copy-on-write once more.
     _madvise(address, len(memory), MADV_DONTFORK)
+    if len(memory) <= SMALL:
+        return  # its content was copied there
     steps = iter(range(0, min(len(memory), POPULATED), POPULATE_STEP))
     deadline = time.monotonic() + POPULATE_SECONDS
     if not _populate_until(deadline, weakref.ref(memory), address, steps):
