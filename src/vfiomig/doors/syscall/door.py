@@ -228,9 +228,15 @@ class Door:
         return self._place(IommufdOpen(Iommufd(), flags), "iommu", flags)
 
     def give(self, call: Notification, fd: Fd, *, cloexec: bool, turn: Turn) -> None:
-        """Put a descriptor into the caller's table and answer the call with its number."""
-        number = self._listener.add_fd(call.id, fd, cloexec=cloexec, send=True)
+        """Put a descriptor into the caller's table and answer the call with its number.
+
+        Ours is closed in between: the program's close is the last one from the moment on when it
+        knows the number.
+        """
+        number = self._listener.add_fd(call.id, fd, cloexec=cloexec)
+        fd.close()
         self.trace_end(turn, number)
+        self._listener.reply(call.id, number)
 
     def _place(self, opened: Opened, name: str, flags: int) -> Fd:
         """Make a file that stands for ``opened`` until its last copy is closed."""

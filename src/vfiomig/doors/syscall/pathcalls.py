@@ -7,8 +7,8 @@ directory or the folder that the call names, and through /proc/self/fd: opening 
 the device anew, as it is for a device of the kernel. Links elsewhere that lead to us are not
 followed.
 
-Opening puts a placeholder into the program's table and answers the call in one step, so there is
-never a descriptor without an answer.
+Opening puts a placeholder into the program's table, gives up the copy of this process and only
+then answers the call: nobody but the program can delay its last close.
 """
 
 from __future__ import annotations
