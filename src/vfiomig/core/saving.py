@@ -279,7 +279,8 @@ class SavingMigf(Migf):
             self._initial = False
             if not empty:
                 self._precopy = iter(())
-            return False
+        self._changed()  # pollers first: who is told ENOMSG finds nothing to read either
+        return False
 
     def _close_sources(self) -> None:
         """Let generators run their ``finally`` blocks in the thread that ran them."""
