@@ -405,17 +405,17 @@ def test_nothing_is_lost_beside_a_writer() -> None:
         assert program.dirty(BASE, pages * PAGE) == set()
 
 
-def test_two_starts_at_once_start_one_log() -> None:
-    for _ in range(20):
-        with Logging() as program:
-            barrier = threading.Barrier(3)
-            results: list[int] = []
+@pytest.mark.parametrize("attempt", range(20))
+def test_two_starts_at_once_start_one_log(attempt: int) -> None:
+    with Logging() as program:
+        barrier = threading.Barrier(3)
+        results: list[int] = []
 
-            def starts(program: Logging = program, barrier: threading.Barrier = barrier) -> None:
-                barrier.wait(DEADLINE)
-                results.append(program.log_start((BASE, PAGE))[0])
+        def starts() -> None:
+            barrier.wait(DEADLINE)
+            results.append(program.log_start((BASE, PAGE))[0])
 
-            threads = [in_thread(starts) for _ in range(3)]
-            for thread in threads:
-                thread.join(DEADLINE)
-            assert sorted(results) == [0, errno.EINVAL, errno.EINVAL]
+        threads = [in_thread(starts) for _ in range(3)]
+        for thread in threads:
+            thread.join(DEADLINE)
+        assert sorted(results) == [0, errno.EINVAL, errno.EINVAL]

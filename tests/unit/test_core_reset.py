@@ -106,6 +106,20 @@ def test_a_reset_mends_a_failure_that_was_noted_before_it() -> None:
             migf = program.caller.table[fd]
 
 
+def test_a_failure_that_is_noted_while_a_reset_waits_for_a_session_is_mended_by_it() -> None:
+    gate = Gate()
+    with Program(Produces(gate)) as program:
+        fd = program.go(State.STOP_COPY)
+        program.start_read(fd, 1)
+        gate.wait()
+        resetting = in_thread(program.reset)
+        wait_until(lambda: program.caller.table[fd].dead)
+        program.served.migration.fail()
+        gate.open()
+        resetting.join(DEADLINE)
+        assert program.state() is State.RUNNING
+
+
 # Deferred.
 
 
