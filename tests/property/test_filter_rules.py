@@ -67,7 +67,7 @@ def stops(name: str, args: tuple[int, ...], *, fast: bool) -> bool:
         return True
     if name == "mmap":
         of_a_file = not low[3] & 0x20 and low[4] != WORD
-        return of_a_file and (not fast or args[5] >> 56 == TAG)
+        return of_a_file and (not fast or low[4] >= FIRST or args[5] >> 56 == TAG)
     if name in PLAIN.split():
         return not fast or low[0] >= FIRST
     if name in POSITIONAL.split():

@@ -61,6 +61,14 @@ REFUSED: Final = {
     "fdatasync": ((0,), errno.EINVAL, errno.EINVAL),
     "sync_file_range": ((0,), errno.ESPIPE, errno.ESPIPE),
 }
+#: Positions of the descriptor that a call reads from and of the one that it writes to: EBADF
+#: comes before the errno above where they are not open for that.
+DIRECTIONS: Final[dict[str, tuple[int | None, int]]] = {
+    "splice": (0, 2),
+    "tee": (0, 1),
+    "sendfile": (1, 0),
+    "fallocate": (None, 0),
+}
 WRITES: Final = frozenset({"write", "writev", "pwrite64", "pwritev", "pwritev2"})
 
 
@@ -159,8 +167,7 @@ class Calls:
         vectored: bool,
         flags: int = 0,
     ) -> Answer:
-        if writes is not (opened.migf.kind is SessionKind.RESUMING):
-            raise OSError(errno.EBADF, "the data_fd has the other direction")
+        _check_direction(opened, writes=writes)
         if vectored:
             memory = CallMemory(ProcessMemory(call.tid))
             segments = read_iovecs(memory, call.args[1], _signed(call.args[2]))
@@ -221,6 +228,7 @@ class Calls:
                 return CARRY_ON
             if turn.line is not None:
                 turn.line.about_access(found.label)
+            self._check_directions(name, call)
             if name == "sendfile" and call.args[2]:
                 source = self._find(call.tid, call.args[1])
                 if isinstance(source, DataOpen):
@@ -228,6 +236,13 @@ class Calls:
             raise OSError(on_data if isinstance(found, DataOpen) else on_device, name)
 
         return handle
+
+    def _check_directions(self, name: str, call: Notification) -> None:
+        reads, writes = DIRECTIONS.get(name, (None, None))
+        for position, is_write in ((reads, False), (writes, True)):
+            opened = None if position is None else self._find(call.tid, call.args[position])
+            if opened is not None:
+                _check_direction(opened, writes=is_write)
 
 
 def _device_of(opened: Opened) -> int | None:
@@ -237,8 +252,12 @@ def _device_of(opened: Opened) -> int | None:
     return opened.number if type(opened) is DataOpen else None
 
 
-def _check_direction(opened: DeviceOpen | IommufdOpen, *, writes: bool) -> None:
-    if opened.flags & os.O_ACCMODE == (os.O_RDONLY if writes else os.O_WRONLY):
+def _check_direction(opened: Opened, *, writes: bool) -> None:
+    if isinstance(opened, DataOpen):
+        wrong = writes is not (opened.migf.kind is SessionKind.RESUMING)
+    else:
+        wrong = opened.flags & os.O_ACCMODE == (os.O_RDONLY if writes else os.O_WRONLY)
+    if wrong:
         raise OSError(errno.EBADF, "the file was opened for the other direction")
 
 

@@ -105,7 +105,11 @@ def _table(first_data_fd: int, offset_tag: int) -> tuple[_Row, ...]:
             "pread64 pwrite64 preadv pwritev preadv2 pwritev2",
             fast=((tagged(3),), *data_fd(0)),
         ),
-        _Row("mmap", exact=(_MAPS_A_FILE,), fast=((*_MAPS_A_FILE, tagged(5)),)),
+        _Row(
+            "mmap",
+            exact=(_MAPS_A_FILE,),
+            fast=((*_MAPS_A_FILE, tagged(5)), (*_MAPS_A_FILE, *data_fd(4)[0])),
+        ),
         _Row("splice copy_file_range", fast=data_fd(0, 2)),
         _Row("tee sendfile", fast=data_fd(0, 1)),
         _Row("vmsplice", fast=data_fd(0)),
