@@ -47,9 +47,12 @@ WAYS = (
     Way("binding, fast", "binding", FEW, ("--filter", "fast"), ("no stream",)),
     Way("landed", "landed", ALL),
     Way("landed, fast", "landed", ALL, ("--filter", "fast")),
+    Way("precopy", "precopy", ALL),
+    Way("precopy, fast", "precopy", ALL, ("--filter", "fast")),
     Way("sessions", "sessions", ALL),
     # A copy at a low number is not followed there.
     Way("sessions, fast", "sessions", ALL, ("--filter", "fast"), ("copies",)),
+    Way("precopy, no poll", "precopy", NO_POLL),
     Way("sessions, no poll", "sessions", NO_POLL, (), ("poll",)),
     Way("v6", "v6", ALL, ("--dialect", "v6")),
     Way("v6, fast", "v6", ALL, ("--dialect", "v6", "--filter", "fast")),
@@ -71,7 +74,7 @@ CASES = [
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("programs")
-    names = ("binding", "landed", "sessions", "v6", "matrix")
+    names = ("binding", "landed", "precopy", "sessions", "v6", "matrix")
     return {name: str(compile_program(name, folder)) for name in names}
 
 

@@ -59,3 +59,12 @@ HELPER void say_reset(int dev)
 {
 	say("RESET = %s", outcome(ioctl(dev, DEVICE_RESET)));
 }
+
+/* The state of a commanded device after power-on. */
+HELPER void expect_state(struct bytes *bytes)
+{
+	bytes->size = 8192;
+	bytes->data = malloc(bytes->size);
+	for (size_t n = 0; n < bytes->size; n++)
+		bytes->data[n] = n + n / 251;
+}
