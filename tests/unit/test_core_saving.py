@@ -229,6 +229,30 @@ def test_a_fatal_refusal_is_the_reads_errno_and_leads_to_error() -> None:
         wait_until(lambda: program.state() is State.ERROR)
 
 
+def test_without_a_thread_for_the_session_a_read_is_eagain_and_may_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    device = Scripted(early=[b"early"])
+    with Program(device) as program:
+        saving = program.go(State.PRE_COPY)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            assert program.read(saving, 1) == -errno.EAGAIN
+            assert program.info(saving)[0] == errno.EAGAIN
+        assert program.read(saving, 5) == b"early"
+        resuming = program.go(State.RESUMING)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            assert program.write(resuming, b"x") == -errno.EAGAIN
+            assert program.set_state(State.STOP).errno == errno.EAGAIN
+        assert program.state() is State.RESUMING
+        program.go(State.STOP)
+        assert device.loaded == [b""]
+
+
 # The temporary end.
 
 

@@ -120,8 +120,7 @@ class SavingMigf(Migf):
         with self._condition:
             if self.dead or self._view or self._failure is not None:
                 return
-            self._queue.append(Peek(looked.set))
-            self._wake_locked()
+            self._enqueue_locked(Peek(looked.set))
         looked.wait()
 
     def account(self, rest: PrecopyInfo, *, reinit_heard: bool) -> PrecopyInfo:

@@ -104,8 +104,10 @@ class Migf(ABC):
         with self._condition:
             result = -errno.ENODEV if self.dead else self._at_once_locked(transfer)
             if result is None:
-                self._queue.append(transfer)
-                self._wake_locked()
+                try:
+                    self._enqueue_locked(transfer)
+                except DeviceError as refusal:
+                    transfer.finish(-as_errno(refusal.errno or 0))
                 return
             transfer.finish(result)
 
@@ -159,13 +161,25 @@ class Migf(ABC):
     def _run(self) -> None:
         """Body of the session's thread."""
 
+    def _enqueue_locked(self, transfer: Transfer) -> None:
+        """Leave a transfer to the session's thread; EAGAIN if there can be none."""
+        self._queue.append(transfer)
+        try:
+            self._wake_locked()
+        except DeviceError:
+            self._queue.pop()
+            raise
+
     def _wake_locked(self) -> None:
         """See that the session's thread runs and looks at the queue."""
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._run, name=f"vfiomig-{self.name}-{self.kind.name.lower()}", daemon=True
-            )
-            self._thread.start()
+            name = f"vfiomig-{self.name}-{self.kind.name.lower()}"
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as refusal:
+                raise DeviceError(errno.EAGAIN, f"no thread for the session: {refusal}") from None
+            self._thread = thread
         self._condition.notify_all()
 
     def _changed(self) -> None:

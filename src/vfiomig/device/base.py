@@ -186,6 +186,7 @@ class Device:
 
         ``requested`` is the caller's raw 32-bit number. Return the state that the device is in
         now (``None``: left unset, which V6 shows as ERROR), an errno or 0, and what to read or
-        write if the request opened a session.
+        write if the request opened a session. A stream that was opened in PRE_COPY goes on in
+        STOP_COPY unless that returns another one; its end is then the permanent end.
         """
         raise NotImplementedError

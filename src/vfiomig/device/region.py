@@ -70,7 +70,10 @@ class Region:
         return memory
 
     def reader(self, function: Reader) -> Reader:
-        """Declare ``function(self, offset, length) -> bytes`` to answer reads."""
+        """Declare ``function(self, offset, length) -> bytes`` to answer reads, in full.
+
+        Like any hook it may raise ``DeviceError`` and nothing else.
+        """
         self._reader = function.__name__
         return function
 
