@@ -49,6 +49,16 @@ class Verb:
 
 VERBS: Final = (
     Verb(
+        "demo",
+        "vfiomig.cli.demo:demo",
+        "Migrate one virtual device into another and compare them.",
+        (
+            "vfiomig demo",
+            "vfiomig demo --size 1G --dirty 200M",
+            "vfiomig demo --dialect v6 --json",
+        ),
+    ),
+    Verb(
         "run",
         "vfiomig.cli.run:run",
         "Run a program with VFIO devices written in Python.",
