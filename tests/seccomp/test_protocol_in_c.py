@@ -45,6 +45,7 @@ WAYS = (
     Way("binding", "binding", FEW),
     # These calls pass, unless the descriptor's number or an offset tells that they are for us.
     Way("binding, fast", "binding", FEW, ("--filter", "fast"), ("no stream",)),
+    Way("DMA logging", "dma_logging", FEW),
     Way("landed", "landed", ALL),
     Way("landed, fast", "landed", ALL, ("--filter", "fast")),
     Way("precopy", "precopy", ALL),
@@ -74,7 +75,7 @@ CASES = [
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("programs")
-    names = ("binding", "landed", "precopy", "sessions", "v6", "matrix")
+    names = ("binding", "dma_logging", "landed", "precopy", "sessions", "v6", "matrix")
     return {name: str(compile_program(name, folder)) for name in names}
 
 
