@@ -7,6 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ("COMMANDED", "HERE", "WHOLE", "compile_program", "differences", "run_with", "sections")
 
@@ -31,7 +35,7 @@ def compile_program(name: str, folder: Path) -> Path:
     return binary
 
 
-def run_with(devices: list[str], *options: str, program: list[str]) -> str:
+def run_with(devices: Sequence[str], *options: str, program: list[str]) -> str:
     """Run a program under ``vfiomig run``; return what it printed. It must end well."""
     command = [sys.executable, "-m", "vfiomig", "run", *options]
     for device in devices:
