@@ -14,7 +14,7 @@ from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.doors.syscall.launch import LaunchError
 from vfiomig.doors.syscall.run import run as run_program
 from vfiomig.doors.syscall.trace import Trace
-from vfiomig.errors import DoorError, SpecError
+from vfiomig.errors import DoorError, PrerequisiteError, SpecError
 from vfiomig.models import make
 
 __all__ = ("run",)
@@ -60,13 +60,15 @@ def run(
     with ExitStack() as stack:
         tracer = None
         if trace is not None:
-            out = sys.stderr if str(trace) == "-" else stack.enter_context(trace.open("w"))
+            out = (
+                sys.stderr
+                if str(trace) == "-"
+                else stack.enter_context(trace.open("w", encoding="utf-8"))
+            )
             tracer = Trace(out, devices, as_json=trace_format == "json")
         try:
             return run_program(devices, program, filter_name=filter, trace=tracer)
-        except LaunchError as problem:
+        except (DoorError, PrerequisiteError, OSError) as problem:
+            # OSError: no descriptor is left here, or a device refuses to start.
             print(f"vfiomig: {problem}", file=sys.stderr)
-            return problem.exit_code
-        except DoorError as problem:
-            print(f"vfiomig: {problem}", file=sys.stderr)
-            return 125
+            return problem.exit_code if isinstance(problem, LaunchError) else 125

@@ -50,8 +50,7 @@ TO_DESCRIPTOR = re.compile(
     r"|/dev/(?:fd/(?P<dev_fd>[0-9]+)|(?P<name>stdin|stdout|stderr))"
 )
 STANDARD: Final = {"stdin": 0, "stdout": 1, "stderr": 2}
-#: Calls that look at a link itself.
-ON_LINKS: Final = frozenset({X86_64["lstat"], X86_64["readlink"], X86_64["readlinkat"]})
+OPENS: Final = frozenset(X86_64[name] for name in ("open", "openat", "openat2", "creat"))
 
 
 class PathCalls:
@@ -130,13 +129,13 @@ class PathCalls:
         return self._tree.name_of(link)
 
     def _through_descriptor(self, call: Notification, match: re.Match[str]) -> str | None:
-        on_link = call.nr in ON_LINKS or (
-            call.nr == X86_64["newfstatat"] and call.args[3] & AT_SYMLINK_NOFOLLOW
-        )
-        if on_link and call.nr not in {X86_64["readlink"], X86_64["readlinkat"]}:
+        if _looks_at_link(call):
             return None
+        tid = int(match["pid"] or call.tid)
         fd = int(match["fd"] or match["dev_fd"] or STANDARD[match["name"]])
-        return self._path_of(int(match["pid"] or call.tid), fd)
+        if call.nr in OPENS and isinstance(self._door.table.find(tid, fd), DataOpen):
+            raise OSError(errno.ENXIO, "a data_fd cannot be opened again")
+        return self._path_of(tid, fd)
 
     def _path_of(self, tid: int, fd: int) -> str | None:
         """Name what a descriptor of ours is an open of: fstat of a device shows the device."""
@@ -250,6 +249,14 @@ class PathCalls:
             return len(text)
 
         return action
+
+
+def _looks_at_link(call: Notification) -> bool:
+    """Whether a stat is about a link, and not about what it leads to."""
+    flags = {X86_64["newfstatat"]: 3, X86_64["statx"]: 2}.get(call.nr)
+    if flags is None:
+        return call.nr == X86_64["lstat"]
+    return bool(call.args[flags] & AT_SYMLINK_NOFOLLOW)
 
 
 def _names_descriptor(call: Notification) -> bool:
