@@ -58,9 +58,9 @@ def demo(
     """Migrate one virtual device into another and compare them.
 
     Two devices written in Python are served through real system calls. A client process opens
-    them under /dev/vfio/devices, migrates the first into the second while the first runs, and
-    knows nothing of Python. The last line says whether the second now holds what the first held;
-    the exit code is 0 if it does, and 1 if not.
+    them under /dev/vfio/devices, and migrates the first into the second while the first runs. The
+    last line says whether the second then held what the first did; the exit code is 0 if so, and
+    1 if not.
 
     Parameters
     ----------
