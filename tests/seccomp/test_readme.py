@@ -16,12 +16,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -71,11 +67,12 @@ def same_for_everybody(text: str) -> str:
     text = re.sub(r"\bN m?s\b", "N s", text)
     text = re.sub(r"\bN [KMG]?i?B\b", "N B", text)
     text = re.sub(r"\brounds\b", "round", text)
+    text = re.sub("─+", "─", text)
     return "\n".join(" ".join(line.split()) for line in text.strip().splitlines())
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)

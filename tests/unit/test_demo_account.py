@@ -1,12 +1,14 @@
-"""The account of `vfiomig demo`: what its times are made of, its verdict, and the bar."""
+"""The parts of `vfiomig demo`: its account and verdict, the bar, and a client with no parent."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from vfiomig.cli import demo_client
 from vfiomig.cli.demo_account import DESTINATION, SOURCE, Account
 from vfiomig.cli.demo_table import Bar, as_data, bytes_text, time_text
 from vfiomig.core.migration import ArcEvent
@@ -157,3 +159,16 @@ def test_sizes_are_said_in_the_unit_that_fits(size: int, text: str) -> None:
 
 def test_times_are_said_in_milliseconds_below_a_second() -> None:
     assert (time_text(0.0123), time_text(2.5)) == ("12.30 ms", "2.50 s")
+
+
+def test_a_client_says_what_it_met_and_nothing_if_nobody_listens(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo_client, "SOURCE", "model:nothing")
+    reader, writer = os.pipe()
+    assert demo_client.main(writer) == 1
+    assert b'"failed": "no device is called \'nothing\'' in os.read(reader, 4096)
+    os.close(reader)
+    assert demo_client.main(writer) == 1
+    os.close(writer)
+    assert capfd.readouterr() == ("", "")

@@ -162,18 +162,18 @@ class Listener:
         poller.register(self._reports, select.POLLIN)
         poller.register(self._signals, select.POLLIN)
         rest = b""
-        while self.ended_by != signal.SIGINT:
-            ready = {number for number, _ in poller.poll()}
-            if self._signals.fileno() in ready:
-                heard = os.read(self._signals.fileno(), PIPE_READ)
-                self.ended_by = next(filter(ENDING.__contains__, heard), self.ended_by)
-            elif received := os.read(self._reports.fileno(), PIPE_READ):
-                *lines, rest = (rest + received).split(b"\n")
-                for line in lines:
-                    self._hear(**json_format.loads(line))
-            else:
-                return
-        self._reports.close()
+        with self._reports:  # however this ends, the client must not wait for somebody to read
+            while self.ended_by != signal.SIGINT:
+                ready = {number for number, _ in poller.poll()}
+                if self._signals.fileno() in ready:
+                    heard = os.read(self._signals.fileno(), PIPE_READ)
+                    self.ended_by = next(filter(ENDING.__contains__, heard), self.ended_by)
+                elif received := os.read(self._reports.fileno(), PIPE_READ):
+                    *lines, rest = (rest + received).split(b"\n")
+                    for line in lines:
+                        self._hear(**json_format.loads(line))
+                else:
+                    return
 
     def _hear(
         self,

@@ -129,17 +129,26 @@ def _session(device: DeviceClient, state: State) -> Session:
     return session
 
 
+def outcome(reports: int) -> dict[str, str | int]:
+    """Migrate, and say what came of it."""
+    try:
+        return {"rounds": migrate(reports)}
+    except BrokenPipeError:
+        raise  # nobody listens any more
+    except OSError as error:
+        return {"failed": error.strerror or str(error)}
+    except VfioMigError as error:
+        return {"failed": str(error)}
+
+
 def main(reports: int) -> int:
     """Migrate; report to the descriptor ``reports`` and return the exit code."""
     try:
-        rounds = migrate(reports)
+        facts = outcome(reports)
+        report(reports, **facts)
     except BrokenPipeError:
         return 1
-    except (VfioMigError, OSError) as error:
-        report(reports, failed=str(error.strerror if isinstance(error, OSError) else error))
-        return 1
-    report(reports, rounds=rounds)
-    return 0
+    return 1 if "failed" in facts else 0
 
 
 if __name__ == "__main__":
