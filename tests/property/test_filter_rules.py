@@ -20,7 +20,7 @@ NATIVE, I386 = 0xC000003E, 0x40000003
 WORD = 0xFFFFFFFF
 
 PATHS = """open openat openat2 creat access faccessat faccessat2 stat lstat fstat newfstatat statx
-           readlink readlinkat"""
+           readlink readlinkat getxattr lgetxattr listxattr llistxattr"""
 PLAIN = """read write readv writev lseek ftruncate fallocate fsync fdatasync sync_file_range
            vmsplice"""
 POSITIONAL = "pread64 pwrite64 preadv pwritev preadv2 pwritev2"

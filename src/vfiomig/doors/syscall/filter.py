@@ -118,6 +118,7 @@ def _table(first_data_fd: int, offset_tag: int) -> tuple[_Row, ...]:
         _Row("access faccessat faccessat2"),
         _Row("stat lstat fstat newfstatat statx"),
         _Row("readlink readlinkat"),
+        _Row("getxattr lgetxattr listxattr llistxattr"),
         _Row("io_uring_setup", action=_REFUSE),
     )
 

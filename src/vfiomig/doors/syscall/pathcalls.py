@@ -1,4 +1,4 @@
-"""System calls that name a path: open, stat, access and readlink in all their forms.
+"""System calls that name a path: open, stat, access, readlink in all their forms, and xattrs.
 
 Theory of operation
 ===================
@@ -76,6 +76,10 @@ class PathCalls:
             ("statx", 0, 1, self._statx),
             ("readlink", None, 0, self._readlink(1)),
             ("readlinkat", 0, 1, self._readlink(2)),
+            ("getxattr", None, 0, _no_attribute),
+            ("lgetxattr", None, 0, _no_attribute),
+            ("listxattr", None, 0, _no_attributes),
+            ("llistxattr", None, 0, _no_attributes),
         )
         handlers = {
             X86_64[name]: self._handler(directory, position, action)
@@ -181,11 +185,12 @@ class PathCalls:
         if flags & os.O_DIRECTORY and not is_folder:
             raise OSError(errno.ENOTDIR, path)
         if flags & os.O_PATH:
-            fd = self._tree.open_native(path, os.O_PATH)
-        elif is_folder:
+            # A mere handle cannot be put into another table: an open that is never used is nearest.
+            flags = os.O_RDONLY | flags & os.O_CLOEXEC
+        if is_folder:
             if flags & (os.O_CREAT | os.O_ACCMODE):
                 raise OSError(errno.EISDIR, path)
-            fd = self._tree.open_native(path, os.O_RDONLY | os.O_DIRECTORY)
+            fd = self._tree.open_folder(path)
         else:
             # The odd mode 3 opens for requests only; reading is not missed where it changes nothing.
             mode = flags & os.O_ACCMODE
@@ -249,6 +254,14 @@ class PathCalls:
             return len(text)
 
         return action
+
+
+def _no_attribute(_call: Notification, _turn: Turn, path: str) -> Answer:
+    raise OSError(errno.ENODATA, f"{path} has no extended attribute")
+
+
+def _no_attributes(_call: Notification, _turn: Turn, _path: str) -> Answer:
+    return 0
 
 
 def _looks_at_link(call: Notification) -> bool:

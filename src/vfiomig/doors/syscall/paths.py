@@ -2,8 +2,7 @@
 
 What stat says of them is made up here, of the folders as well. A listing is a real directory, so
 that the program's own readdir works on it: it is made, under a temporary name, when the program
-first opens a folder (or asks for a mere O_PATH handle), and its entries are device nodes that
-open nothing. A descriptor of it is recognized by where it leads.
+first opens a folder, and its entries are device nodes that open nothing. A descriptor of it is recognized by where it leads.
 """
 
 from __future__ import annotations
@@ -80,9 +79,9 @@ class DevTree:
     def is_folder(self, path: str) -> bool:
         return path in {VFIO, DEVICES}
 
-    def open_native(self, path: str, flags: int) -> Fd:
-        """Open what stands for ``path`` in the real directory."""
-        return Fd(os.open(self._root() + path, flags | os.O_CLOEXEC))
+    def open_folder(self, path: str) -> Fd:
+        """Open the real directory that stands for a folder."""
+        return Fd(os.open(self._root() + path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
 
     def name_of(self, link: str) -> str:
         """Return the path of ours that a path of the real directory stands for, or ``link``."""
