@@ -186,6 +186,11 @@ class BlockMemory:
             self._checksums[block] = zlib.crc32(self._view[start : start + self.length(block)])
             self._content[block] = KNOWN
 
+    def know_checksums(self) -> None:
+        """Compute in advance what ``checksum`` will need of the power-on content."""
+        for block in range(self.blocks):
+            self._power_on.checksum(block * BLOCK, self.length(block))
+
     def checksum(self, block: int) -> int:
         """The CRC-32 of a block that nobody changes now."""
         if self._content[block] == POWER_ON:

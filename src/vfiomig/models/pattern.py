@@ -183,6 +183,8 @@ class Pattern(Device):
 
     def _send_precopy(self, outgoing: Outgoing) -> Iterator[Buffer]:
         yield from self._send_header(outgoing)
+        yield from self._send_blocks(outgoing, outgoing.offered)
+        self._memory.know_checksums()  # now, not while the device is down
         while True:
             yield from self._send_blocks(outgoing, outgoing.offered)
             outgoing.at_temporary_end = True
