@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = (
     "COMMAND",
     "ENVIRONMENT",
+    "SOURCE",
     "Gated",
     "Plain",
     "Slow",

@@ -185,14 +185,14 @@ def test_exit_codes_are_the_programs(script: str, code: int) -> None:
     assert serve([Plain(4096)], ["sh", "-c", script]) == code
 
 
-def run_command(*arguments: str, **how: object) -> subprocess.CompletedProcess[bytes]:
+def run_command(*arguments: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [*COMMAND, *arguments],
         env=ENVIRONMENT,
+        input=data,
         capture_output=True,
         timeout=20,
         check=False,
-        **how,  # type: ignore[call-overload]  # for subprocess.run
     )
 
 
@@ -223,7 +223,7 @@ def test_a_door_that_cannot_be_opened_is_125() -> None:
 
 def test_input_and_output_are_the_programs_alone() -> None:
     script = "cat; echo to stderr >&2; exit 5"
-    done = run_command("--device", "counter", "--", "sh", "-c", script, input=b"\0line\n\xff")
+    done = run_command("--device", "counter", "--", "sh", "-c", script, data=b"\0line\n\xff")
     assert (done.returncode, done.stdout, done.stderr) == (5, b"\0line\n\xff", b"to stderr\n")
 
 

@@ -13,7 +13,7 @@ from vfiomig.abi.ioctls import Dialect
 from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.doors.syscall.launch import LaunchError
 from vfiomig.doors.syscall.run import run as run_program
-from vfiomig.doors.syscall.trace import Trace
+from vfiomig.doors.syscall.trace import Trace, open_trace
 from vfiomig.errors import DoorError, PrerequisiteError, SpecError
 from vfiomig.models import make
 
@@ -60,11 +60,8 @@ def run(
     with ExitStack() as stack:
         tracer = None
         if trace is not None:
-            out = (
-                sys.stderr
-                if str(trace) == "-"
-                else stack.enter_context(trace.open("w", encoding="utf-8"))
-            )
+            to_stderr = str(trace) == "-"
+            out = sys.stderr if to_stderr else stack.enter_context(open_trace(trace))
             tracer = Trace(out, devices, as_json=trace_format == "json")
         try:
             return run_program(devices, program, filter_name=filter, trace=tracer)

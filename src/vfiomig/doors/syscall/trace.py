@@ -7,6 +7,7 @@ one warning; the program's requests are answered as before.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import struct
@@ -21,13 +22,14 @@ from vfiomig.fsm import State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from vfiomig.core.migration import ArcEvent
     from vfiomig.core.vfio_device import VfioDevice
     from vfiomig.doors.syscall.caller import SyscallCaller
     from vfiomig.doors.syscall.notify import Notification
 
-__all__ = ("Line", "Trace")
+__all__ = ("Line", "Trace", "open_trace")
 
 log = logging.getLogger("vfiomig.doors.syscall")
 
@@ -130,6 +132,11 @@ class Trace:
         line: Line | None = getattr(self._current, "line", None)
         if line is not None:
             line.arcs.append(str(event))
+
+
+def open_trace(path: Path) -> TextIO:
+    """Open a file for a trace: without a buffer, whose rest would fail once more at the close."""
+    return io.TextIOWrapper(path.open("wb", buffering=0), encoding="utf-8", write_through=True)
 
 
 def _detail(name: str, arg: int, caller: SyscallCaller) -> str:
