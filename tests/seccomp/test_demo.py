@@ -282,7 +282,7 @@ def test_on_a_terminal_a_bar_runs_forward_to_the_end(
 ) -> None:
     terminal = Terminal([*COMMAND, *options])
     terminals.append(terminal)
-    assert terminal.end() == 0
+    assert terminal.end() == 0, terminal.text
     shown = percentages(terminal.text)
     assert len(set(shown)) >= steps
     assert shown == sorted(shown)
@@ -300,7 +300,7 @@ def test_the_bar_goes_to_stderr_and_the_result_to_stdout(
     with (tmp_path / "out").open("w+") as out:
         terminal = Terminal([*COMMAND, "--size", "8M"], stdout=out.fileno())
         terminals.append(terminal)
-        assert terminal.end() == 0
+        assert terminal.end() == 0, terminal.text
         out.seek(0)
         result = out.read()
     assert percentages(terminal.text)[-1] == 100
@@ -336,7 +336,7 @@ def test_ctrl_c_ends_it_with_130_and_leaves_nothing_behind(terminals: list[Termi
     terminals.append(terminal)
     terminal.read_until(r"[1-9]%")
     os.write(terminal.master, b"\x03")
-    assert terminal.end() == 130
+    assert terminal.end() == 130, terminal.text
     assert "Traceback" not in terminal.text
     assert "identical" not in terminal.text
     assert nobody_is_left_in(terminal.process.pid)
@@ -353,6 +353,6 @@ def test_a_signal_to_it_alone_ends_the_client_too(
     terminals.append(terminal)
     terminal.read_until(r"[1-9]%")
     os.kill(terminal.process.pid, number)
-    assert terminal.end() == code
+    assert terminal.end() == code, terminal.text
     assert "Traceback" not in terminal.text
     assert nobody_is_left_in(terminal.process.pid)
