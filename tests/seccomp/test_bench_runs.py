@@ -14,7 +14,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 
 @pytest.mark.parametrize("name", ["state_stream", "get_state"])
 def test_a_measurement_gives_ratios_with_bars(name: str) -> None:
-    command = [sys.executable, BENCH / "run.py", name, "--quick", "--json"]
+    command = [sys.executable, str(BENCH / "run.py"), name, "--quick", "--json"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     assert ran.returncode in {0, 1}, ran.stderr
     rows = json.loads(ran.stdout)
