@@ -49,6 +49,7 @@ MACHINE_HEADERS = """
 #include <linux/filter.h>
 #include <linux/ioctl.h>
 #include <linux/kvm.h>
+#include <linux/pci_regs.h>
 #include <linux/prctl.h>
 #include <linux/seccomp.h>
 #include <linux/vfio.h>

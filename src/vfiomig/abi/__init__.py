@@ -9,6 +9,7 @@ the kernel finds them; structs carry a CamelCase twin of the C name, which is th
 `vfio_iommu`   ``linux/vfio.h``, the rest: group, container, type1
 `iommufd`      ``linux/iommufd.h``
 `seccomp`      ``linux/seccomp.h`` and what a filter is made of
+`pci`          ``linux/pci_regs.h``: configuration space and capabilities
 `kvm`          the one request of ``linux/kvm.h`` that names VFIO descriptors
 `syscalls`     system call numbers that a VFIO front door names
 `ioctls`       the table of all requests, and the table of device features

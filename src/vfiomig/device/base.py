@@ -27,11 +27,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
+from vfiomig.device.configuration import ConfigurationSpace
+from vfiomig.device.interrupts import Interrupts
 from vfiomig.device.region import BAR_NAMES, PciIdentity, Region
 from vfiomig.errors import StateRejected
 from vfiomig.fsm import Capability, State, require_legal
 
 if TYPE_CHECKING:
+    from vfiomig.device.capabilities import PciCapability
     from vfiomig.iommu import DmaPort
 
 __all__ = ("Buffer", "Device", "PrecopyInfo", "SessionBody", "StateReader")
@@ -73,7 +76,11 @@ class Device:
     """A migratable PCI device; subclass it and write the hooks that it needs."""
 
     #: What the PCI configuration header says.
-    pci: ClassVar[PciIdentity] = PciIdentity(vendor=0x1AF4, device=0x10F0)
+    pci: PciIdentity = PciIdentity(vendor=0x1AF4, device=0x10F0)
+    #: The pin of INTx: 1 is INTA, 0 none.
+    interrupt_pin: int = 0
+    #: Capabilities of the PCI function, in their order in configuration space.
+    pci_capabilities: tuple[PciCapability, ...] = ()
     #: What VFIO_DEVICE_FEATURE_MIGRATION reports; no bit at all: the device cannot migrate.
     capabilities: Capability = Capability.STOP_COPY
     #: Does the data_fd answer poll()? Most kernel drivers have none: "always ready".
@@ -82,6 +89,8 @@ class Device:
     dma_logging: bool = True
     #: Memory of the program that owns the device, by IOVA; no mapping before it is attached.
     dma: DmaPort
+    #: How the device interrupts; heard by nobody while the device is not served.
+    interrupts: Interrupts = Interrupts()
     #: The regions of the class, by their index.
     regions: ClassVar[dict[int, Region]] = {}
 
@@ -93,6 +102,10 @@ class Device:
                 f"{cls.__name__}.{name}: a region's name is one of {', '.join(BAR_NAMES)}"
             )
         cls.regions = cls.regions | {region.index: region for region in own.values()}
+        try:
+            ConfigurationSpace(cls.pci, cls.regions, cls.interrupt_pin, cls.pci_capabilities)
+        except ValueError as problem:
+            raise TypeError(f"{cls.__name__}: {problem}") from problem
         if isinstance(cls.capabilities, Capability):
             cls.check_capabilities(cls.capabilities)
 
