@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 import subprocess
+from functools import partial
 from pathlib import Path
 
 from harness import Measurement, compiled, result_of, serve
@@ -24,22 +25,15 @@ def measure(size: str = "1G", rounds: int = 5) -> list[Measurement]:
     with compiled("stream") as binary:
         for _ in range(rounds):
             before = _reset_peak()
-            read_s, write_s, total = result_of(
-                binary, lambda argv: serve([f"pattern,size={size}"] * 2, argv), CHUNK, "device"
-            )
+            pair = partial(serve, [f"pattern,size={size}"] * 2)
+            read_s, write_s, total = result_of(binary, pair, CHUNK, "device")
             growth = max(growth, _peak() - before - 2 * int(total) // 1024)
-            plain_read, plain_write, _ = result_of(
-                binary,
-                run_plainly,
-                CHUNK,
-                "memfd",
-                int(total),
-            )
+            plain_read, plain_write, _ = result_of(binary, run_plainly, CHUNK, "memfd", int(total))
             reading.append((plain_read / read_s, total / read_s / 2**30))
             writing.append((plain_write / write_s, total / write_s / 2**30))
         large, small = (
-            result_of(binary, lambda argv, s=s: serve([f"pattern,size={s}"], argv), CHUNK, "arc")[0]
-            for s in (size, "1M")
+            result_of(binary, partial(serve, [f"pattern,size={one}"]), CHUNK, "arc")[0]
+            for one in (size, "1M")
         )
     return [
         _speed("state read against a memfd", reading),
