@@ -95,5 +95,6 @@ def _hand_over(argv: Sequence[str], door: Door, ours: ExitStack) -> tuple[list[s
 
 def _first_data_fd() -> int:
     """Descriptor numbers that programs hardly reach, below the limit that they inherit."""
-    limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], LAST_DATA_FD)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = LAST_DATA_FD if limit == resource.RLIM_INFINITY else min(limit, LAST_DATA_FD)
     return max(limit - DATA_FDS, limit // 2, 3)
