@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,16 +167,12 @@ def test_a_usage_error_is_one_line_on_stderr_and_exit_code_2(
     assert not output.out
 
 
-def test_help_lists_every_verb_and_is_quick() -> None:
-    start = time.perf_counter()
+def test_help_lists_every_verb() -> None:
     done = vfiomig("--help")
-    taken = time.perf_counter() - start
     assert done.returncode == 0
     for verb in VERBS:
         assert f"│ {verb.name} " in done.stdout
         assert verb.summary in done.stdout
-    # 0.2 s on an idle machine; the bar is for one that runs other tests beside.
-    assert taken < 1.0
 
 
 def test_help_imports_no_verb() -> None:
