@@ -25,7 +25,7 @@ from vfiomig.memory import ProcessMemory
 if TYPE_CHECKING:
     from vfiomig.doors.syscall.notify import Listener
 
-CLIENT = Path(__file__).parent / "c" / "ioctl_loop.c"
+CLIENT = Path(__file__).parent / "c" / "get_loop.c"
 NEVER_OPEN = 1000
 ANSWER = (1).to_bytes(4, "little") + (-1).to_bytes(4, "little", signed=True)
 
@@ -64,7 +64,7 @@ def measure(
     with os.fdopen(reader) as output:
         try:
             program = launch(
-                [str(client), str(NEVER_OPEN), str(count)],
+                [str(client), "/dev/stdout", str(count), str(NEVER_OPEN)],
                 dict(os.environ),
                 exact_filter(),
                 prepare=print_into_pipe,

@@ -1,6 +1,7 @@
 /* Ask a device for its migration state COUNT times and tell how long it took.
  *
  * usage: get_loop OUT COUNT          under a door that serves vfio0
+ *        get_loop OUT COUNT FD       whatever answers requests on FD
  * OUT gets the median and the 99th percentile of one ioctl in nanoseconds
  */
 #include <fcntl.h>
@@ -36,20 +37,29 @@ static int ascending(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-int main(int argc, char **argv)
+static int open_device(void)
 {
-	if (argc != 3)
-		return 2;
 	struct { uint32_t argsz, flags; int32_t iommufd; uint32_t out; } bind = { .argsz = 16 };
 	int fd = open("/dev/vfio/devices/vfio0", O_RDWR);
-	FILE *out = fopen(argv[1], "w");
 
 	bind.iommufd = open("/dev/iommu", O_RDWR);
-	if (!out || ioctl(fd, VFIO_DEVICE_BIND_IOMMUFD, &bind)) {
+	if (ioctl(fd, VFIO_DEVICE_BIND_IOMMUFD, &bind)) {
 		perror("vfio0");
-		return 1;
+		exit(1);
 	}
+	return fd;
+}
+
+int main(int argc, char **argv)
+{
+	if (argc < 3)
+		return 2;
+	FILE *out = fopen(argv[1], "w");
+	int fd = argc > 3 ? atoi(argv[3]) : open_device();
 	long count = atol(argv[2]);
+
+	if (!out || count < 1)
+		return 2;
 	int64_t *taken = calloc(count, sizeof(*taken));
 
 	for (long i = 0; i < count; i++) {
