@@ -30,6 +30,7 @@ TESTS = Path(door_programs.__file__).parent
 SUPERVISOR = f"""
 import sys
 sys.path[:0] = [{str(SOURCE)!r}, {str(TESTS)!r}]
+import tempfile
 tempfile.tempdir = sys.argv[1]
 from door_programs import Plain, serve
 sys.exit(serve([Plain()], sys.argv[2:]))

@@ -289,8 +289,7 @@ KILLED_IN_AN_ARC = r"""
             return 0;
         }
         if (fork() == 0) {
-            nap(0.1);
-            kill(getppid(), SIGKILL);
+            kill_parent();
             _exit(0);
         }
         set_state(device, STOP, 0);
@@ -318,8 +317,7 @@ def test_a_program_killed_while_it_binds_leaves_a_usable_device(tmp_path: Path) 
         int main(int argc, char **argv)
         {
             if (argc > 1 && fork() == 0) {
-                nap(0.1);
-                kill(getppid(), SIGKILL);
+                kill_parent();
                 _exit(0);
             }
             IS(get_state(use_device(0)), RUNNING);
@@ -342,8 +340,7 @@ def test_a_program_killed_in_a_held_read_leaves_a_usable_device(tmp_path: Path) 
             int fd = data_fd(device, STOP_COPY);
             IS(read(fd, bytes, 100), 100);
             if (argc > 1 && fork() == 0) {
-                nap(0.1);
-                kill(getppid(), SIGKILL);
+                kill_parent();
                 _exit(0);
             }
             if (argc > 1)

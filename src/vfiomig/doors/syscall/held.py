@@ -13,7 +13,8 @@ the process has no other thread.
 A signal that a thread does not block, that is not ignored and yet is pending is about to do
 something: to run a handler, to stop the process, or to end it with a core dump.
 
-A call on a descriptor with O_NONBLOCK does not wait: it is taken back with EAGAIN.
+A call on a descriptor with O_NONBLOCK gets the time from one look to the next, since nobody knows
+how long the device's code is going to take. Then it is taken back with EAGAIN.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ class HeldCalls:
         for transfer, migf, waits in held:
             number = 0 if waits() else errno.EINTR
             number = number or _pending(transfer.tid)
-            if not number and _is_nonblocking(transfer.tid, transfer.fd):
+            if not number and transfer.looked_at and _is_nonblocking(transfer.tid, transfer.fd):
                 number = errno.EAGAIN
+            transfer.looked_at = True
             if number:
                 transfer.withdrawn = number
                 migf.withdraw(transfer)

@@ -38,7 +38,17 @@ _read.restype = ctypes.c_ssize_t
 class CallTransfer:
     """One call. ``answer(result)`` is given a count or a negative errno, once."""
 
-    __slots__ = ("_answer", "_memory", "_segments", "_to_program", "fd", "size", "tid", "withdrawn")
+    __slots__ = (
+        "_answer",
+        "_memory",
+        "_segments",
+        "_to_program",
+        "fd",
+        "looked_at",
+        "size",
+        "tid",
+        "withdrawn",
+    )
 
     def __init__(
         self,
@@ -57,6 +67,7 @@ class CallTransfer:
         self.size = min(sum(length for _, length in segments), MAX_RW_COUNT)
         #: The errno if the call is taken back before it has moved anything.
         self.withdrawn = errno.EINTR
+        self.looked_at = False
 
     def move(self, view: memoryview, done: int) -> int:
         """Copy between ``view`` and the program; return the bytes before the first fault."""
