@@ -25,6 +25,7 @@ from vfiomig import (
     StateReader,
     StateRejected,
 )
+from vfiomig.device import Msi, PciExpress, PowerManagement
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -54,7 +55,12 @@ class Template(Device):
 
     #: The identification part of the PCI configuration header.
     pci = PciIdentity(vendor=0x1AF4, device=0x10F2, class_code=0xFF0000, revision=1)
-    #: bar0 to bar5, each a power of two from 16 bytes on.
+    #: 1 is INTA; 0, the default, is a function without a pin.
+    interrupt_pin = 0
+    #: In their order in configuration space. There are Msix and VendorCapability as well.
+    pci_capabilities = (PowerManagement(), Msi(vectors=1), PciExpress())
+    #: bar0 to bar5, each a power of two from 16 bytes on. Here every access is trapped;
+    #: mapped=((offset, size), …) lets programs map these pages.
     bar0 = Region(size=PAGE)
     bar2 = Region(size=PAGES * PAGE)
     #: STOP_COPY makes it migratable, P2P and PRE_COPY are options; Capability(0): not migratable.
@@ -133,6 +139,7 @@ class Template(Device):
         with suppress(DeviceError):  # EFAULT, no mapping there: a bus master can tell nobody
             self.dma.write(iova, bytes(self.bar2[:PAGE]))
             self.rings += 1
+            self.interrupts.msi(0)  # or msix(vector), or intx(level); dropped if not enabled
 
     # Saving. Iterables are walked in a thread of the session, at the reader's pace.
 

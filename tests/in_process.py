@@ -21,6 +21,7 @@ from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.core.iommufd import Iommufd
 from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
+from vfiomig.descriptors import EventFd
 from vfiomig.device import Device, PrecopyInfo, StateReader
 from vfiomig.errors import DeviceError
 from vfiomig.fsm import Capability, State
@@ -127,6 +128,9 @@ class Caller:
         if context is None:
             raise OSError(errno.EBADFD, os.strerror(errno.EBADFD))
         return context
+
+    def eventfd(self, number: int) -> EventFd:
+        return EventFd(os.dup(number))
 
 
 class Transfer:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ("Fd", "HasFileno", "create_sealed_memfd", "poll_until", "reopen")
+__all__ = ("EventFd", "Fd", "HasFileno", "create_sealed_memfd", "poll_until", "reopen")
 
 
 class HasFileno(Protocol):
@@ -84,6 +84,34 @@ class Fd:
                 f"unclosed descriptor {self!r}", ResourceWarning, stacklevel=2, source=self
             )
             self.close()
+
+
+class EventFd(Fd):
+    """An eventfd that is shared with somebody who may do anything with it."""
+
+    __slots__ = ("_poller",)
+
+    def __init__(self, number: int) -> None:
+        """Take ``number`` over; EINVAL, and it is closed, if it is no eventfd."""
+        super().__init__(number)
+        if os.readlink(f"/proc/self/fd/{number}") != "anon_inode:[eventfd]":
+            self.close()
+            raise OSError(errno.EINVAL, "the descriptor is no eventfd")
+        self._poller = select.poll()
+        self._poller.register(number, select.POLLOUT)
+
+    def signal(self) -> None:
+        """Add one. A counter at its maximum stays there: this never waits."""
+        if self._poller.poll(0):
+            os.eventfd_write(self.fileno(), 1)
+
+    def take(self) -> bool:
+        """Return the counter to zero without waiting; tell whether it was above."""
+        try:
+            # A read would wait if another reader was faster: the flag is this call's own.
+            return os.preadv(self.fileno(), [bytearray(8)], -1, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
 
 
 def poll_until(fd: HasFileno | int, events: int, deadline: float | None) -> int:

@@ -1,4 +1,4 @@
-"""GET_INFO, GET_REGION_INFO, GET_IRQ_INFO, and accesses by offset in the device's descriptor."""
+"""GET_INFO, GET_REGION_INFO, and accesses by offset in the device's descriptor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 GET_INFO = vfio.VFIO_DEVICE_GET_INFO
 GET_REGION_INFO = vfio.VFIO_DEVICE_GET_REGION_INFO
-GET_IRQ_INFO = vfio.VFIO_DEVICE_GET_IRQ_INFO
 CONFIG = vfio.VFIO_PCI_CONFIG_REGION_INDEX
 
 
@@ -109,17 +108,6 @@ def test_get_region_info_checks_its_argument(program: Program, argsz: int, index
     assert program.at(GET_REGION_INFO, 0) == errno.EFAULT
 
 
-@pytest.mark.parametrize("index", range(5))
-def test_there_are_no_interrupts(program: Program, index: int) -> None:
-    argument = vfio.IrqInfo(argsz=16, index=index, flags=9, count=9)
-    assert program.ioctl(GET_IRQ_INFO, argument) == (0, bytes(vfio.IrqInfo(argsz=16, index=index)))
-    assert program.ioctl(GET_IRQ_INFO, vfio.IrqInfo(argsz=15, index=index)).errno == errno.EINVAL
-
-
-def test_an_interrupt_index_beyond_the_last_is_refused(program: Program) -> None:
-    assert program.ioctl(GET_IRQ_INFO, vfio.IrqInfo(argsz=16, index=5)).errno == errno.EINVAL
-
-
 # Accesses.
 
 
@@ -180,13 +168,18 @@ def test_regions_keep_their_direction(program: Program) -> None:
     assert errno_of(lambda: program.file.pread(region_offset(2), 1)) == errno.EINVAL
 
 
-def test_configuration_space_says_who_the_device_is_and_takes_no_writes(program: Program) -> None:
+def test_configuration_space_says_who_the_device_is_whatever_is_written(program: Program) -> None:
     space = program.file.pread(region_offset(CONFIG), 256)
     assert space[:4] == bytes.fromhex("34127856")
     assert space[8:12] == bytes.fromhex("03020007")
     assert space[0x2C:0x30] == bytes.fromhex("bc9af0de")
     assert program.file.pwrite(region_offset(CONFIG), b"\xff" * 256) == 256
-    assert program.file.pread(region_offset(CONFIG), 256) == space
+    written = program.file.pread(region_offset(CONFIG), 256)
+    assert (written[:4], written[8:12], written[0x2C:0x30]) == (
+        space[:4],
+        space[8:12],
+        space[0x2C:0x30],
+    )
     assert program.file.pread(region_offset(CONFIG) + 255, 1) == b"\0"
 
 

@@ -64,7 +64,7 @@ def test_an_example_refuses_a_state_that_is_cut_or_too_long(spec: str) -> None:
 def test_the_template_shows_every_hook_and_attribute() -> None:
     template, stubborn = type(make(f"{TEMPLATE}:Template")), type(make(f"{TEMPLATE}:Stubborn"))
     # What a device uses and never overrides.
-    offered = {"check_capabilities", "data_ready", "regions"}
+    offered = {"check_capabilities", "data_ready", "interrupts", "regions"}
     shown = vars(template).keys() | vars(stubborn).keys()
     hooks = {name for name in vars(Device) if not name.startswith("_")} - offered
     assert hooks >= {"save", "load", "poll", "migration_set_state"}
@@ -72,6 +72,7 @@ def test_the_template_shows_every_hook_and_attribute() -> None:
     source = inspect.getsource(template)
     assert "self.data_ready()" in source
     assert "self.dma." in source
+    assert "self.interrupts." in source
 
 
 def ring(client: DeviceClient, iova: int) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from vfiomig.core.iommufd import Iommufd
 from vfiomig.core.transfer import Migf
 from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
+from vfiomig.descriptors import EventFd
 from vfiomig.fsm import SessionKind
 from vfiomig.memory import ProcessMemory
 
@@ -148,6 +149,10 @@ class LocalCaller:
         if not isinstance(context, Iommufd):
             raise OSError(errno.EBADFD, os.strerror(errno.EBADFD))
         return context
+
+    def eventfd(self, number: int) -> EventFd:
+        """Share an eventfd: a real descriptor of this process, not one of the small table."""
+        return EventFd(os.dup(number))
 
 
 class LocalTransfer:

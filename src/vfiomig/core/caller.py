@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from vfiomig.core.iommufd import Iommufd
     from vfiomig.core.transfer import Migf
+    from vfiomig.descriptors import EventFd
     from vfiomig.iommu import Memory
 
 __all__ = ("Caller",)
@@ -46,3 +47,6 @@ class Caller(Protocol):
 
     def iommufd(self, number: int) -> Iommufd:
         """Find the iommufd behind a descriptor number: EBADF if it is not open, else EBADFD."""
+
+    def eventfd(self, number: int) -> EventFd:
+        """Share an eventfd of the caller's: EBADF if it is not open, EINVAL if it is none."""

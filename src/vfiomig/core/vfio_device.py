@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import Dialect, FdKind, find
-from vfiomig.core import bind, info, precopy, v6
+from vfiomig.core import bind, info, irqs, precopy, regions, v6
 from vfiomig.core.caller import Caller
 from vfiomig.core.feature import device_feature
 from vfiomig.core.migration import Migration
+from vfiomig.device import ConfigurationSpace
 from vfiomig.fsm import Capability
 from vfiomig.iommu import DirtyLog, DmaPort
 
 if TYPE_CHECKING:
     from vfiomig.core.iommufd import Iommufd
     from vfiomig.core.transfer import Migf
+    from vfiomig.descriptors import HasFileno
     from vfiomig.device import Device
 
 __all__ = ("VfioDevice", "VfioDeviceFile")
@@ -49,6 +51,15 @@ class VfioDevice:
         self.capabilities = Capability(device.capabilities)
         shown = Capability.STOP_COPY if dialect is Dialect.V6 else self.capabilities
         self.migration = Migration(device, name, shown & self.capabilities)
+        self.configuration = ConfigurationSpace(
+            device.pci, device.regions, device.interrupt_pin, device.pci_capabilities
+        )
+        self.irqs = irqs.Irqs(self.configuration)
+        device.interrupts = self.irqs
+        #: Parts of regions that are not the device's own, by region index.
+        self.windows = regions.msix_windows(self.irqs)
+        #: Where the memory of mapped regions is while the device is in use.
+        self.placement: regions.Placement | None = None
         self.dirty_log: DirtyLog | None = None
         self.users = 0
         self.bound = False
@@ -57,17 +68,25 @@ class VfioDevice:
         self._log_lock = threading.Lock()
         device.dma = DmaPort()
 
-    def open(self) -> VfioDeviceFile:
+    def open(self, memory: HasFileno | None = None) -> VfioDeviceFile:
         """Open the device once more.
+
+        ``memory`` is a file of ``regions.memory_size`` bytes, all zeros, behind the descriptor
+        of this open: there the program finds what it maps. It is borrowed until this returns.
 
         Raises:
             OSError: what the device's ``start`` refused with (V6; otherwise BIND meets it).
         """
-        file = VfioDeviceFile(self)
+        file = VfioDeviceFile(self, memory)
         if self.dialect is Dialect.V6:
             with self.open_lock:
                 file.use_locked()
         return file
+
+    def reset(self) -> int:
+        """Reset the function; return an errno or 0."""
+        self.irqs.reset()
+        return self.migration.reset()
 
     def start_dirty_log(self, log: DirtyLog) -> None:
         """Begin DMA logging: EINVAL if there is a log already."""
@@ -91,8 +110,9 @@ class VfioDevice:
 class VfioDeviceFile:
     """One open of a device. ``release`` is for its last close."""
 
-    def __init__(self, device: VfioDevice) -> None:
+    def __init__(self, device: VfioDevice, memory: HasFileno | None = None) -> None:
         self.device = device
+        self.placement = regions.Placement(device.device, memory) if memory is not None else None
         self.binding: bind.Binding | None = None
         self.in_use = False
 
@@ -114,12 +134,19 @@ class VfioDeviceFile:
     def pread(self, offset: int, length: int) -> bytes:
         """Read from the region that ``offset`` lies in; fewer bytes at its end."""
         self._require_access()
-        return info.read_region(self.device, offset, length)
+        return regions.read_region(self.device, offset, length)
 
-    def pwrite(self, offset: int, data: bytes) -> int:
+    def pwrite(self, offset: int, data: bytes, blocks: Callable[[], None] = lambda: None) -> int:
         """Write to the region that ``offset`` lies in; return how many bytes it took."""
         self._require_access()
-        return info.write_region(self.device, offset, data)
+        return regions.write_region(self.device, offset, data, blocks)
+
+    def require_mappable(self, offset: int, length: int, *, shared: bool) -> None:
+        """Raise EINVAL unless a program may map this part of the file behind its descriptor."""
+        self._require_access()
+        placed = self.placement is not None and self.placement is self.device.placement
+        if not placed or not regions.may_map(self.device.device, offset, length, shared=shared):
+            raise OSError(errno.EINVAL, "these are not pages that may be mapped")
 
     def _require_access(self) -> None:
         if not self.in_use:
@@ -129,8 +156,14 @@ class VfioDeviceFile:
         """Count as a user of the device; the first one starts it."""
         device = self.device
         if not device.users:
+            device.configuration.power_on()
+            device.irqs.first_open()
+            device.placement = self.placement
+            if self.placement is not None:
+                self.placement.enter()
             failure = device.migration.first_open()
             if failure:
+                self._give_up_function_locked()
                 raise OSError(failure, f"{device.name} does not start")
         device.users += 1
         self.in_use = True
@@ -167,6 +200,8 @@ class VfioDeviceFile:
         with self.device.open_lock:
             self._leave_locked()
             self._unbind_locked()
+            if self.placement is not None and self.placement is not self.device.placement:
+                self.placement.close()
 
     def _leave_locked(self) -> None:
         device = self.device
@@ -178,6 +213,14 @@ class VfioDeviceFile:
             # Before the binding goes: a device may have DMA to finish in order to stop.
             device.migration.last_close()
             device.stop_dirty_log()
+            self._give_up_function_locked()
+
+    def _give_up_function_locked(self) -> None:
+        device = self.device
+        device.irqs.last_close()
+        if device.placement is not None:
+            device.placement.leave()
+            device.placement = None
 
     def _unbind_locked(self) -> None:
         if self.binding is not None:
@@ -196,7 +239,7 @@ def _mig_set_state(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
 
 def _reset(file: VfioDeviceFile, arg: int, caller: Caller) -> int:  # noqa: ARG001 - no argument
     caller.blocks()
-    failure = file.device.migration.reset()
+    failure = file.device.reset()
     if failure:
         raise OSError(failure, "the device did not reset")
     return 0
@@ -208,7 +251,8 @@ SERVED: dict[str, Handler] = {
     "VFIO_DEVICE_DETACH_IOMMUFD_PT": bind.detach_iommufd_pt,
     "VFIO_DEVICE_GET_INFO": info.device_get_info,
     "VFIO_DEVICE_GET_REGION_INFO": info.device_get_region_info,
-    "VFIO_DEVICE_GET_IRQ_INFO": info.device_get_irq_info,
+    "VFIO_DEVICE_GET_IRQ_INFO": irqs.device_get_irq_info,
+    "VFIO_DEVICE_SET_IRQS": irqs.device_set_irqs,
     "VFIO_DEVICE_RESET": _reset,
     "VFIO_DEVICE_FEATURE": _feature,
     "VFIO_DEVICE_MIG_SET_STATE": _mig_set_state,

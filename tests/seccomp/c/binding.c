@@ -444,6 +444,7 @@ static void section_info(void)
 	say("cut at 12 bytes = %s", outcome(ioctl(dev, DEVICE_GET_INFO, at_edge(&info, 16, 12))));
 	say("read-only memory = %s", outcome(ioctl(dev, DEVICE_GET_INFO, read_only(&info, 16))));
 	for (irq.index = 0; irq.index < 7; irq.index++) {
+		irq.count = 0;
 		long result = ioctl(dev, DEVICE_GET_IRQ_INFO, &irq);
 
 		say("irq %u = %s, count %u", irq.index, outcome(result), irq.count);

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
 from typing import TYPE_CHECKING
 
+from vfiomig.abi.syscalls import X86_64
+from vfiomig.descriptors import EventFd, Fd
 from vfiomig.doors.syscall.opened import IommufdOpen
 from vfiomig.memory import CallMemory, MemoryFault, ProcessMemory
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from vfiomig.doors.syscall.opened import Table
 
 __all__ = ("SyscallCaller", "process_of")
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SyscallCaller:
@@ -67,6 +72,14 @@ class SyscallCaller:
             return opened.context
         is_open = opened is not None or os.path.lexists(f"/proc/{self._call.tid}/fd/{number}")
         raise OSError(errno.EBADFD if is_open else errno.EBADF, f"{number} is no iommufd")
+
+    def eventfd(self, number: int) -> EventFd:
+        with Fd(os.pidfd_open(process_of(self._call.tid))) as process:
+            call = X86_64["pidfd_getfd"]
+            copy = _libc.syscall(call, process.fileno(), ctypes.c_int(number), 0)
+            if copy < 0:
+                raise OSError(ctypes.get_errno(), f"descriptor {number} cannot be shared")
+        return EventFd(copy)
 
 
 def process_of(tid: int) -> int:

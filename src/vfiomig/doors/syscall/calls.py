@@ -15,6 +15,7 @@ A handler returns the result, or ``CARRY_ON`` or ``HELD``, or raises ``OSError``
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import termios
 from typing import TYPE_CHECKING, Final
@@ -42,6 +43,8 @@ LOW = 0xFFFF_FFFF
 #: other threads than the receiver.
 REGION_PIECE = 1 << 20
 LONG_COPY = 4 << 20
+MAP_TYPE = 0xF
+MAP_SHARED_VALIDATE = 3
 RWF_HIPRI = 1  # the one flag that files without iterators take
 
 #: What a file of ours refuses: call, positions of its descriptor arguments, and the errno on a
@@ -49,7 +52,6 @@ RWF_HIPRI = 1  # the one flag that files without iterators take
 #: fallocate and the like is right already, but a memfd's would not be.
 REFUSED: Final = {
     "lseek": ((0,), errno.ESPIPE, errno.ESPIPE),
-    "mmap": ((4,), errno.EINVAL, errno.ENODEV),
     "splice": ((0, 2), errno.EINVAL, errno.EINVAL),
     "tee": ((0, 1), errno.EINVAL, errno.EINVAL),
     "vmsplice": ((0,), errno.EBADF, errno.EBADF),
@@ -85,6 +87,7 @@ class Calls:
             **{X86_64[name]: self._plain(name) for name in plain},
             **{X86_64[name]: self._positional(name) for name in positional},
             **{X86_64[name]: self._refusal(name) for name in REFUSED},
+            X86_64["mmap"]: self._mmap,
             **door.path_calls(),
         }
 
@@ -133,9 +136,9 @@ class Calls:
 
     # Reads and writes.
 
-    def _about(self, call: Notification, turn: Turn) -> Opened | None:
+    def _about(self, call: Notification, turn: Turn, descriptor: int = 0) -> Opened | None:
         """Find what a read or write is about, after every close before it."""
-        opened = self._find(call.tid, call.args[0])
+        opened = self._find(call.tid, call.args[descriptor])
         if opened is not None:
             self._door.settle(turn, _device_of(opened))
             if turn.line is not None:
@@ -211,9 +214,26 @@ class Calls:
                 segments = buffers([(call.args[1], call.args[2])])
             if opened.hooked:
                 turn.pass_on()
-            return _access_region(opened, call.tid, segments, offset, writes=writes)
+            return _access_region(opened, call.tid, segments, offset, turn, writes=writes)
 
         return handle
+
+    def _mmap(self, call: Notification, turn: Turn) -> Answer:
+        """The kernel maps a device's pages, if they may be mapped: they are in the memfd."""
+        opened = self._about(call, turn, descriptor=4)
+        if opened is None:
+            return CARRY_ON
+        if isinstance(opened, DataOpen):
+            raise OSError(errno.ENODEV, "a stream is not mapped")
+        shared = call.args[3] & MAP_TYPE in {mmap.MAP_SHARED, MAP_SHARED_VALIDATE}
+        access = opened.flags & os.O_ACCMODE
+        writes = shared and call.args[2] & mmap.PROT_WRITE
+        if access == os.O_WRONLY or (access == os.O_RDONLY and writes):
+            raise OSError(errno.EACCES, "the file was not opened for that")
+        if isinstance(opened, IommufdOpen):
+            raise OSError(errno.EINVAL, "an iommufd has nothing to map")
+        opened.file.require_mappable(_signed(call.args[5]), call.args[1], shared=shared)
+        return CARRY_ON
 
     # What files of ours do not do.
 
@@ -262,7 +282,13 @@ def _check_direction(opened: Opened, *, writes: bool) -> None:
 
 
 def _access_region(
-    opened: DeviceOpen, tid: int, segments: list[tuple[int, int]], offset: int, *, writes: bool
+    opened: DeviceOpen,
+    tid: int,
+    segments: list[tuple[int, int]],
+    offset: int,
+    turn: Turn,
+    *,
+    writes: bool,
 ) -> int:
     """Read or write a region; a fault after some bytes leaves them done and counted."""
     if not segments:
@@ -277,7 +303,8 @@ def _access_region(
             for at in range(address, address + length, REGION_PIECE):
                 wanted = min(address + length - at, REGION_PIECE)
                 if writes:
-                    moved = opened.file.pwrite(offset + done, memory.read(at, wanted))
+                    data = memory.read(at, wanted)
+                    moved = opened.file.pwrite(offset + done, data, turn.pass_on)
                 else:
                     data = opened.file.pread(offset + done, wanted)
                     memory.write(at, data)

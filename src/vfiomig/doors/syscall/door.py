@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 from vfiomig.abi.ioctls import FdKind
 from vfiomig.core.iommufd import Iommufd
+from vfiomig.core.regions import memory_size
 from vfiomig.descriptors import Fd, create_sealed_memfd
 from vfiomig.doors.syscall.answers import CARRY_ON, HELD
 from vfiomig.doors.syscall.calls import Calls
@@ -217,9 +218,15 @@ class Door:
 
     def open_device(self, number: int, flags: int) -> Fd:
         """Open a device once more; the descriptor is for the program."""
-        opened = DeviceOpen(number, self.devices[number].open(), flags)
+        device = self.devices[number]
+        memfd = self._create_memfd(device.name, memory_size(device.device))
         try:
-            return self._place(opened, opened.label, flags)
+            opened = DeviceOpen(number, device.open(memfd), flags)
+        except BaseException:
+            memfd.close()
+            raise
+        try:
+            return self._place_on(memfd, opened, flags)
         except BaseException:
             opened.close()
             raise
@@ -240,8 +247,14 @@ class Door:
 
     def _place(self, opened: Opened, name: str, flags: int) -> Fd:
         """Make a file that stands for ``opened`` until its last copy is closed."""
+        return self._place_on(self._create_memfd(name, 0), opened, flags)
+
+    def _create_memfd(self, name: str, size: int) -> Fd:
         # The name makes the file's link, by which it is known, unlike any other.
-        memfd = create_sealed_memfd(f"vfiomig-{name}.{os.getpid()}.{next(_placeholders)}", 0)
+        return create_sealed_memfd(f"vfiomig-{name}.{os.getpid()}.{next(_placeholders)}", size)
+
+    def _place_on(self, memfd: Fd, opened: Opened, flags: int) -> Fd:
+        """Let ``memfd``, which is taken over, stand for ``opened``."""
         try:
             fd = self._last_close.open(memfd, flags, opened)
         except BaseException:

@@ -1,0 +1,213 @@
+"""Access to a device's regions: positional reads and writes of its descriptor, and mmap.
+
+Theory of operation
+-------------------
+A region begins at an offset that names its index. What a program may map is memory in the file
+behind its descriptor, at the region's very offset, and it is the device's memory too: when the
+device gets its first user the region's content moves there, and back when the last one has gone
+(``Placement``). Without such a file, in process, the device's memory stays where it is.
+
+The MSI-X table and the pending bits lie in trapped pages and are kept by ``core.irqs``; the
+device's own handlers never see accesses to them.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from typing import TYPE_CHECKING, NamedTuple
+
+from vfiomig.abi import vfio
+from vfiomig.device.region import cut
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vfiomig.core.irqs import Irqs
+    from vfiomig.core.vfio_device import VfioDevice
+    from vfiomig.descriptors import HasFileno
+    from vfiomig.device import Device
+
+__all__ = (
+    "OFFSET_TAG",
+    "Placement",
+    "Window",
+    "may_map",
+    "memory_size",
+    "msix_windows",
+    "read_region",
+    "region_offset",
+    "write_region",
+)
+
+#: Region offsets carry it in their top byte: a filter of system calls tells an access to a
+#: region by the offset alone.
+OFFSET_TAG = 0x56
+INDEX_SHIFT = 40
+CONFIG = vfio.VFIO_PCI_CONFIG_REGION_INDEX
+PAGE = mmap.PAGESIZE
+
+
+class Window(NamedTuple):
+    """A part of a region that is not the device's own; without ``write`` it is read-only."""
+
+    offset: int
+    size: int
+    read: Callable[[int, int], bytes]
+    write: Callable[[int, bytes], None] | None
+
+
+def region_offset(index: int) -> int:
+    """Where a region begins in the device's descriptor."""
+    return OFFSET_TAG << 56 | index << INDEX_SHIFT
+
+
+def msix_windows(irqs: Irqs) -> dict[int, tuple[Window, ...]]:
+    """Say where the MSI-X structures lie, in order, by region index."""
+    msix = irqs.msix_capability
+    if msix is None:
+        return {}
+    table = Window(msix.table[1], msix.table_size, irqs.read_table, irqs.write_table)
+    pending = Window(msix.pending[1], msix.pending_size, irqs.read_pending, None)
+    if msix.table[0] != msix.pending[0]:
+        return {msix.table[0]: (table,), msix.pending[0]: (pending,)}
+    first, second = sorted((table, pending), key=lambda window: window.offset)
+    return {msix.table[0]: (first, second)}
+
+
+# Reads and writes.
+
+
+def read_region(served: VfioDevice, offset: int, length: int) -> bytes:
+    """Read at an offset of the descriptor; EINVAL outside the regions, EFAULT outside config."""
+    if not length:
+        return b""
+    index, at, length = _locate(served, offset, length)
+    if index == CONFIG:
+        return served.configuration.read(at, length)
+    region = served.device.regions[index]
+    if not region.readable:
+        raise OSError(errno.EINVAL, f"{region.name} cannot be read")
+    windows = served.windows.get(index)
+    if windows is None:
+        return _read_own(served, index, at, length)
+    pieces = []
+    for start, size, number in cut(at, length, tuple(window[:2] for window in windows)):
+        if number is None:
+            pieces.append(_read_own(served, index, start, size))
+        else:
+            pieces.append(windows[number].read(start - windows[number].offset, size))
+    return b"".join(pieces)
+
+
+def write_region(
+    served: VfioDevice, offset: int, data: bytes, blocks: Callable[[], None] = lambda: None
+) -> int:
+    """Write at an offset of the descriptor; return the bytes that lie inside the region.
+
+    ``blocks`` is called before what may take long.
+    """
+    if not data:
+        return 0
+    index, at, length = _locate(served, offset, len(data))
+    if index == CONFIG:
+        _write_configuration(served, at, data, blocks)
+        return length
+    region = served.device.regions[index]
+    if not region.writable:
+        raise OSError(errno.EINVAL, f"{region.name} cannot be written")
+    data = data[:length]
+    windows = served.windows.get(index)
+    if windows is None:
+        _write_own(served, index, at, data)
+        return length
+    for start, size, number in cut(at, length, tuple(window[:2] for window in windows)):
+        piece = data[start - at :][:size]
+        if number is None:
+            _write_own(served, index, start, piece)
+        elif (write := windows[number].write) is not None:
+            write(start - windows[number].offset, piece)
+    return length
+
+
+def _read_own(served: VfioDevice, index: int, at: int, length: int) -> bytes:
+    region = served.device.regions[index]
+    return served.migration.beside(region.name, lambda: region.read(served.device, at, length))
+
+
+def _write_own(served: VfioDevice, index: int, at: int, data: bytes) -> None:
+    region = served.device.regions[index]
+    served.migration.beside(region.name, lambda: region.write(served.device, at, data))
+
+
+def _write_configuration(
+    served: VfioDevice, at: int, data: bytes, blocks: Callable[[], None]
+) -> None:
+    served.configuration.write(at, data)
+    served.irqs.follow_configuration(at, len(data))
+    if served.configuration.asks_for_flr(at, data):
+        blocks()
+        served.reset()  # like hardware it does not tell whether that worked
+
+
+def _locate(served: VfioDevice, offset: int, length: int) -> tuple[int, int, int]:
+    """Region index, offset inside it, and how much of ``length`` lies there."""
+    index = offset - (OFFSET_TAG << 56) >> INDEX_SHIFT
+    at = offset & ((1 << INDEX_SHIFT) - 1)
+    if index == CONFIG:
+        if at + length > served.configuration.size:
+            raise OSError(errno.EFAULT, "the access leaves configuration space")
+        return index, at, length
+    regions = served.device.regions
+    if index not in regions or at >= regions[index].size:
+        raise OSError(errno.EINVAL, f"the offset {offset:#x} is in no region")
+    return index, at, min(length, regions[index].size - at)
+
+
+# Memory that a program may map.
+
+
+def memory_size(device: Device) -> int:
+    """How large the file behind a descriptor must be for ``Placement``; 0: none is needed."""
+    return max(
+        (region_offset(i) + region.size for i, region in device.regions.items() if region.mapped),
+        default=0,
+    )
+
+
+def may_map(device: Device, offset: int, length: int, *, shared: bool) -> bool:
+    """Tell whether a program may map these bytes: shared, and all of them in mapped pages."""
+    index = offset - (OFFSET_TAG << 56) >> INDEX_SHIFT
+    region = device.regions.get(index)
+    if region is None or not shared or not length or offset % PAGE:
+        return False
+    at = offset - region_offset(index)
+    # As many pages as are touched; ranges that lie side by side are one to a program.
+    pieces = cut(at, -(-length // PAGE) * PAGE, region.mapped)
+    return all(number is not None for _, _, number in pieces)
+
+
+class Placement:
+    """A device's mapped regions in the file behind a descriptor, from ``enter`` to ``leave``."""
+
+    def __init__(self, device: Device, memory: HasFileno) -> None:
+        self._device = device
+        self._memory = {
+            index: mmap.mmap(memory.fileno(), region.size, offset=region_offset(index))
+            for index, region in device.regions.items()
+            if region.mapped
+        }
+
+    def enter(self) -> None:
+        for index, memory in self._memory.items():
+            self._device.regions[index].place(self._device, memory)
+
+    def leave(self) -> None:
+        """Move the content back. Whoever kept the memory sees no more of the device in it."""
+        for index, memory in self._memory.items():
+            self._device.regions[index].withdraw(self._device)
+            memory.madvise(mmap.MADV_REMOVE)  # all zeros again, as it came
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._memory.clear()
