@@ -26,6 +26,7 @@ from vfiomig.core.intx import Intx
 from vfiomig.core.messages import Messages, MsiMasks, MsixTable
 from vfiomig.core.unmask import UnmaskWatcher
 from vfiomig.device import Interrupts, Msi, Msix
+from vfiomig.device.capabilities import find_capability
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,12 +62,8 @@ class Irqs(Interrupts):
 
     def __init__(self, space: ConfigurationSpace) -> None:
         self._space = space
-        msi, msix = (
-            next((one for one in space.capabilities if isinstance(one, kind)), None)
-            for kind in (Msi, Msix)
-        )
-        assert isinstance(msi, Msi | None)
-        assert isinstance(msix, Msix | None)
+        msi = find_capability(space.capabilities, Msi)
+        msix = find_capability(space.capabilities, Msix)
         self._counts = {
             INTX: int(space.pin > 0),
             MSI: msi.vectors if msi else 0,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vfiomig.abi import pci
 from vfiomig.device import Msi
+from vfiomig.device.capabilities import find_capability
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -50,7 +51,7 @@ class MsiMasks:
 
     def __init__(self, space: ConfigurationSpace) -> None:
         self._space = space
-        msi = next((one for one in space.capabilities if isinstance(one, Msi)), None)
+        msi = find_capability(space.capabilities, Msi)
         self._maskable = msi is not None and msi.maskable
         place = space.places.get(Msi, 0)
         self.register = place + pci.PCI_MSI_MASK_64

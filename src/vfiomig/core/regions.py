@@ -21,7 +21,7 @@ from vfiomig.abi import vfio
 from vfiomig.device.region import cut
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from vfiomig.core.irqs import Irqs
     from vfiomig.core.vfio_device import VfioDevice
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = (
     "OFFSET_TAG",
     "Placement",
-    "Window",
+    "Windows",
     "may_map",
     "memory_size",
     "msix_windows",
@@ -57,22 +57,40 @@ class Window(NamedTuple):
     write: Callable[[int, bytes], None] | None
 
 
+class Windows:
+    """The windows of one region, in order."""
+
+    def __init__(self, *windows: Window) -> None:
+        self._windows = windows
+        self._ranges = tuple((window.offset, window.size) for window in windows)
+        self._start = windows[0].offset
+        self._end = windows[-1].offset + windows[-1].size
+
+    def cut(self, at: int, length: int) -> Iterator[tuple[int, int, Window | None]]:
+        """Cut an access of the region: (offset, size, the window or ``None`` for the device)."""
+        if at >= self._end or at + length <= self._start:  # nearly every access: be quick
+            yield at, length, None
+            return
+        for start, size, number in cut(at, length, self._ranges):
+            yield start, size, None if number is None else self._windows[number]
+
+
 def region_offset(index: int) -> int:
     """Where a region begins in the device's descriptor."""
     return OFFSET_TAG << 56 | index << INDEX_SHIFT
 
 
-def msix_windows(irqs: Irqs) -> dict[int, tuple[Window, ...]]:
-    """Say where the MSI-X structures lie, in order, by region index."""
+def msix_windows(irqs: Irqs) -> dict[int, Windows]:
+    """Say where the MSI-X structures lie, by region index."""
     msix = irqs.msix_capability
     if msix is None:
         return {}
     table = Window(msix.table[1], msix.table_size, irqs.read_table, irqs.write_table)
     pending = Window(msix.pending[1], msix.pending_size, irqs.read_pending, None)
     if msix.table[0] != msix.pending[0]:
-        return {msix.table[0]: (table,), msix.pending[0]: (pending,)}
-    first, second = sorted((table, pending), key=lambda window: window.offset)
-    return {msix.table[0]: (first, second)}
+        return {msix.table[0]: Windows(table), msix.pending[0]: Windows(pending)}
+    both = sorted((table, pending), key=lambda window: window.offset)
+    return {msix.table[0]: Windows(*both)}
 
 
 # Reads and writes.
@@ -92,11 +110,11 @@ def read_region(served: VfioDevice, offset: int, length: int) -> bytes:
     if windows is None:
         return _read_own(served, index, at, length)
     pieces = []
-    for start, size, number in cut(at, length, tuple(window[:2] for window in windows)):
-        if number is None:
+    for start, size, window in windows.cut(at, length):
+        if window is None:
             pieces.append(_read_own(served, index, start, size))
         else:
-            pieces.append(windows[number].read(start - windows[number].offset, size))
+            pieces.append(window.read(start - window.offset, size))
     return b"".join(pieces)
 
 
@@ -121,12 +139,12 @@ def write_region(
     if windows is None:
         _write_own(served, index, at, data)
         return length
-    for start, size, number in cut(at, length, tuple(window[:2] for window in windows)):
+    for start, size, window in windows.cut(at, length):
         piece = data[start - at :][:size]
-        if number is None:
+        if window is None:
             _write_own(served, index, start, piece)
-        elif (write := windows[number].write) is not None:
-            write(start - windows[number].offset, piece)
+        elif window.write is not None:
+            window.write(start - window.offset, piece)
     return length
 
 

@@ -142,6 +142,8 @@ class Region:
         """Read ``length`` bytes that lie inside the region."""
         if not self._reader:
             return bytes(memoryview(self.memory(device))[offset : offset + length])
+        if not self.mapped:
+            return b"".join(self._ask(device, offset, length))
         pieces = []
         for start, size, mapped in cut(offset, length, self.mapped):
             if mapped is not None:
