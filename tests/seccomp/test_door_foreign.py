@@ -142,6 +142,30 @@ def test_the_same_with_sessions_that_are_over(
     assert serve([Plain(4096)], [program]) == 0
 
 
+def test_kvm_is_content_with_our_files_and_asked_about_all_others(tmp_path: Path) -> None:
+    """QEMU tells KVM which VFIO files it uses, and gives up if KVM does not know one."""
+    program = build(
+        tmp_path,
+        r"""
+        struct attribute { uint32_t flags, group; uint64_t attr, addr; };
+        int main(void)
+        {
+            int device = use_device(0), other = open("/dev/null", O_RDWR), kvm = dup(other);
+            struct attribute ours = { 0, 1, 1, (uintptr_t)&device };
+            struct attribute foreign = { 0, 1, 1, (uintptr_t)&other };
+            struct attribute group = { 0, 2, 1, (uintptr_t)&device }, broken = { 0, 1, 1, 8 };
+            IS(ioctl(kvm, 0x4018AEE1, &ours), 0);
+            FAILS(ioctl(kvm, 0x4018AEE1, &foreign), ENOTTY);
+            FAILS(ioctl(kvm, 0x4018AEE1, &group), ENOTTY);
+            FAILS(ioctl(kvm, 0x4018AEE1, &broken), ENOTTY);
+            FAILS(ioctl(kvm, 0x4018AEE1, 8), ENOTTY);
+            return 0;
+        }
+        """,
+    )
+    assert serve([Plain(4096)], [program]) == 0
+
+
 def test_there_is_no_io_uring_and_no_other_kind_of_call(tmp_path: Path) -> None:
     program = build(
         tmp_path,
