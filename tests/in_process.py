@@ -21,11 +21,12 @@ from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.core.iommufd import Iommufd
 from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
-from vfiomig.descriptors import EventFd
+from vfiomig.descriptors import EventFd, Fd
 from vfiomig.device import Device, PrecopyInfo, StateReader
 from vfiomig.errors import DeviceError
 from vfiomig.fsm import Capability, State
-from vfiomig.memory import ProcessMemory
+from vfiomig.iommu import Backings, Place
+from vfiomig.memory import MemoryFault, ProcessMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -108,8 +109,13 @@ class Caller:
         self.full = False
         self.waits = 0
 
-    def memory(self) -> ProcessMemory:
-        return self._memory
+    def memory(self, address: int, length: int, *, writable: bool, known: Backings) -> Place:
+        if not self.check(address, length, writable=writable):
+            raise MemoryFault(address, length)
+        return Place(self._memory, address)
+
+    def file(self, number: int) -> Fd:
+        return Fd(os.dup(number))
 
     def blocks(self) -> None:
         self.waits += 1

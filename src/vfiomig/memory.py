@@ -5,11 +5,17 @@ Theory of operation
 A driver in the kernel copies its caller's structs with ``copy_from_user``: it honours page
 protection, stops at the first byte that may not be touched and says EFAULT. ``process_vm_readv``
 and ``process_vm_writev`` do the same from outside. /proc/PID/mem does not (it writes to
-read-only pages, and goes stale when the process executes another program), so it is not used.
+read-only pages, and goes stale when the process executes another program), so requests do not
+use it.
 
 Both calls find the process by number each time; a thread's number serves as well as the
 process's, which is what a notification carries. When the caller is gone that is
 :class:`ProcessGone`, and there is nobody left to answer.
+
+A device's DMA is another matter: it goes on between requests, in memory that was found to be
+there when it was mapped and counts as pinned since, whatever its protection is by now. There
+that a /proc/PID/mem goes stale is what is wanted: when the program has ended, or runs another
+one, or its number belongs to a stranger, it moves no byte (:class:`ProgramMemory`).
 
 Requests are short and many: a call costs less than the arrangement of its arguments. Each thread
 therefore keeps one :class:`_Lane`, a pair of iovecs and a small buffer in fixed places, and
@@ -25,6 +31,7 @@ import errno
 import os
 import struct
 import threading
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +48,10 @@ __all__ = (
     "MemoryRefused",
     "ProcessGone",
     "ProcessMemory",
+    "ProgramMemory",
     "covers",
     "explain_refusal",
+    "read_maps",
 )
 
 # No user address has the top bit set. The kernel refuses them before it looks at any page, and
@@ -224,13 +233,7 @@ class ProcessMemory:
         """
         if not 0 <= address <= address + length <= USER_ADDRESS_LIMIT:
             return False
-        try:
-            with Path(f"/proc/{self.pid}/maps").open(encoding="utf-8", errors="replace") as maps:
-                return covers(maps, address, length, writable=writable)
-        except (FileNotFoundError, ProcessLookupError):
-            raise ProcessGone(self.pid) from None
-        except PermissionError:
-            raise _refusal(self.pid) from None
+        return covers(read_maps(self.pid), address, length, writable=writable)
 
     def _transfer(
         self,
@@ -246,6 +249,63 @@ class ProcessMemory:
             return _lane().transfer(call, self._pid, export.buf or 0, address, export.len)
         finally:
             _release_buffer(ctypes.byref(export))
+
+
+class ProgramMemory:
+    """The memory of a program for as long as it runs what it runs now, and for any thread."""
+
+    __slots__ = ("__weakref__", "_mem")
+
+    def __init__(self, task: int | str) -> None:
+        """``task``: any living thread of the program, or ``"self"``.
+
+        Raises:
+            ProcessGone: there is no such thread.
+            MemoryRefused: the kernel's access rules forbid it.
+
+        """
+        try:
+            self._mem = os.open(f"/proc/{task}/mem", os.O_RDWR | os.O_CLOEXEC)
+        except PermissionError:
+            raise _refusal(int(task)) from None
+        except (FileNotFoundError, ProcessLookupError):
+            raise ProcessGone(int(task)) from None
+        # Mappings share it and go one by one, while accesses may be under way: the last one closes.
+        weakref.finalize(self, os.close, self._mem)
+
+    def lives(self, address: int) -> bool:
+        """Whether the byte at ``address`` is still there, and so the program."""
+        try:
+            return bool(os.pread(self._mem, 1, address))
+        except OSError:
+            return False
+
+    def read(self, address: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes, or raise ``MemoryFault``."""
+        try:
+            data = os.pread(self._mem, length, address)
+        except OSError:  # EIO: not one byte of it
+            raise MemoryFault(address, length) from None
+        if len(data) != length:
+            raise MemoryFault(address, length)
+        return data
+
+    def read_into(self, address: int, view: WriteableBuffer) -> int:
+        """Fill ``view`` from ``address``; return the number of bytes before the first fault."""
+        try:
+            return os.preadv(self._mem, [view], address)
+        except OSError:
+            return 0
+
+    def write(self, address: int, data: ReadableBuffer) -> None:
+        """Write all of ``data``; ``MemoryFault`` behind what could be written."""
+        length = len(data) if isinstance(data, bytes) else memoryview(data).nbytes
+        try:
+            done = os.pwrite(self._mem, data, address)
+        except OSError:
+            done = 0
+        if done != length:
+            raise MemoryFault(address, length)
 
 
 class CallMemory:
@@ -298,6 +358,23 @@ class CallMemory:
     def check(self, address: int, length: int, *, writable: bool) -> bool:
         """Whether the range is mapped, as :meth:`ProcessMemory.check`."""
         return self.memory.check(address, length, writable=writable)
+
+
+def read_maps(task: int) -> list[str]:
+    """Return the lines of /proc/TASK/maps.
+
+    Raises:
+        ProcessGone: there is no such process or thread.
+        MemoryRefused: the kernel's access rules forbid it.
+
+    """
+    try:
+        with Path(f"/proc/{task}/maps").open(encoding="utf-8", errors="replace") as maps:
+            return maps.readlines()
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessGone(task) from None
+    except PermissionError:
+        raise _refusal(task) from None
 
 
 def covers(maps: Iterable[str], address: int, length: int, *, writable: bool) -> bool:

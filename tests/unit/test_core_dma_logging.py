@@ -28,6 +28,9 @@ class Memory:
     def read(self, address: int, length: int) -> bytes:
         return bytes(length)
 
+    def read_into(self, address: int, view: memoryview) -> int:
+        return len(view)
+
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         pass
 

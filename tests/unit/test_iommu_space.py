@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from vfiomig.errors import DeviceError, RequestError
+from vfiomig.errors import DeviceError
 from vfiomig.iommu import DirtyLog, DmaPort, IoSpace, Mapping
 from vfiomig.iommu.space import ALIGNMENT, ALLOWED
 
@@ -24,6 +24,11 @@ class Memory:
         if address + length > self.fault_at:
             raise OSError(errno.EFAULT, "there")
         return bytes(self.data[address : address + length])
+
+    def read_into(self, address: int, view: memoryview) -> int:
+        room = max(0, min(len(view), self.fault_at - address))
+        view[:room] = self.data[address : address + room]
+        return room
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         room = max(0, self.fault_at - address)
@@ -107,16 +112,50 @@ def test_an_unmap_removes_whole_mappings_or_nothing(space: IoSpace) -> None:
     assert space.clear() == 0
 
 
-def test_the_lowest_room_is_found_and_full_is_full(space: IoSpace) -> None:
-    space.map(mapping(PAGE, 2 * PAGE))
-    assert [space.find_free(size * PAGE) for size in (1, 2)] == [0, 3 * PAGE]
+def test_the_lowest_room_is_found_but_never_0_and_full_is_full(space: IoSpace) -> None:
+    space.map(mapping(2 * PAGE, 2 * PAGE))
+    assert [space.find_free(size * PAGE) for size in (1, 2)] == [PAGE, 4 * PAGE]
     # The last page below the window is too small for two.
-    space.map(mapping(3 * PAGE, ALLOWED[0][1] + 1 - 4 * PAGE, Memory(0)))
+    space.map(mapping(4 * PAGE, ALLOWED[0][1] + 1 - 5 * PAGE, Memory(0)))
     assert space.find_free(2 * PAGE) == ALLOWED[1][0]
     space.map(mapping(ALLOWED[1][0], ALLOWED[1][1] + 1 - ALLOWED[1][0], Memory(0)))
-    assert space.map_anywhere(mapping(0)).iova == 0
+    assert space.map_anywhere(mapping(0)) == PAGE
     with refused(errno.ENOSPC):
         space.map_anywhere(mapping(0, 2 * PAGE))
+
+
+@pytest.mark.parametrize(
+    ("pages", "hint", "iova"),
+    [
+        (1, 0, PAGE),
+        (3, 0, 4 * PAGE),
+        (512, 0, 512 * PAGE),
+        (512, 5 * PAGE, PAGE),
+        (512, 6 * PAGE, 2 * PAGE),
+        (3, 1 << 21, 4 * PAGE),
+    ],
+)
+def test_room_is_aligned_like_what_goes_there(
+    space: IoSpace, pages: int, hint: int, iova: int
+) -> None:
+    assert space.find_free(pages * PAGE, hint) == iova
+
+
+@pytest.mark.parametrize(
+    ("length", "hint", "number"),
+    [
+        (0, 0, errno.EOVERFLOW),
+        (PAGE + 1, 0, errno.EINVAL),
+        (1 << 63, 0, errno.EOVERFLOW),
+        (PAGE, 0x1008, errno.EINVAL),
+        (1 << 62, 0, errno.ENOSPC),
+    ],
+)
+def test_room_is_not_found_for_what_fits_nowhere(
+    space: IoSpace, length: int, hint: int, number: int
+) -> None:
+    with refused(number):
+        space.find_free(length, hint)
 
 
 # DMA.
@@ -189,10 +228,16 @@ def test_a_write_that_is_not_mapped_is_not_logged(space: IoSpace) -> None:
     assert not any(log.report(0, 8 * PAGE, PAGE))
 
 
-def test_request_errors_of_a_space_carry_their_errno() -> None:
-    with pytest.raises(RequestError, match="nothing is mapped at IOVA 0x1000") as failure:
-        list(IoSpace().pieces(0x1000, 1))
-    assert failure.value.errno == errno.EFAULT
+def test_a_failed_access_says_what_is_wrong() -> None:
+    port = DmaPort()
+    with pytest.raises(DeviceError, match=r"DMA read at IOVA 0x10: .*no IO address space"):
+        port.read(0x10, 1)
+    port.space = IoSpace()
+    with pytest.raises(DeviceError, match=r"DMA write at IOVA 0x1000: .*nothing is mapped"):
+        port.write(0x1000, b"x")
+    port.space.map(mapping(PAGE, readable=False))
+    with pytest.raises(DeviceError, match=r"DMA read at IOVA 0x1008: .*0x1008 may not be read"):
+        port.read_into(0x1008, bytearray(1))
 
 
 # The log.

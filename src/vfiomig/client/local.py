@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING
 from vfiomig.core.iommufd import Iommufd
 from vfiomig.core.transfer import Migf
 from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
-from vfiomig.descriptors import EventFd
+from vfiomig.descriptors import EventFd, Fd
 from vfiomig.fsm import SessionKind
-from vfiomig.memory import ProcessMemory
+from vfiomig.iommu import Place
+from vfiomig.memory import MemoryFault, ProcessMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vfiomig.abi.uapi import UapiStruct
-    from vfiomig.iommu import Memory
+    from vfiomig.iommu import Backings
 
 __all__ = ("LocalTransport",)
 
@@ -130,8 +131,14 @@ class LocalCaller:
         self.write = self._memory.write
         self.check = self._memory.check
 
-    def memory(self) -> Memory:
-        return self._memory
+    def memory(self, address: int, length: int, *, writable: bool, known: Backings) -> Place:  # noqa: ARG002
+        if not self.check(address, length, writable=writable):
+            raise MemoryFault(address, length)
+        return Place(self._memory, address)
+
+    def file(self, number: int) -> Fd:
+        """Share a file: a real descriptor of this process, not one of the small table."""
+        return Fd(os.dup(number))
 
     def blocks(self) -> None:
         """Nobody else waits for this thread."""

@@ -11,10 +11,12 @@ import threading
 from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
-from vfiomig.core.iommufd import AttachedTable, BoundDevice, Iommufd, read_extensible
+from vfiomig.core.hwpt import BoundDevice
+from vfiomig.core.iommufd import Iommufd, read_extensible
 
 if TYPE_CHECKING:
     from vfiomig.core.caller import Caller
+    from vfiomig.core.hwpt import Hwpt
     from vfiomig.core.vfio_device import VfioDeviceFile
     from vfiomig.iommu import DmaPort
 
@@ -25,31 +27,32 @@ class Binding:
     """What ties one open of a device to an iommufd. Safe for concurrent use."""
 
     def __init__(self, context: Iommufd, name: str, port: DmaPort) -> None:
-        self.devid = context.add(BoundDevice(name))
+        self._device = BoundDevice(name, tracks=port.iommu_tracks)
+        self.devid = context.add(self._device)
         self._context = context
         self._port = port
         self._lock = threading.Lock()
-        self._table: tuple[int, AttachedTable] | None = None
+        self._attached: tuple[int, Hwpt] | None = None
 
     def attach(self, number: int) -> int:
-        """Let the device reach the IOAS ``number``; return the id of its page table.
+        """Let the device reach what the page table or IOAS ``number`` maps; return the table's id.
 
-        A device that is attached elsewhere is replaced without a moment of neither.
+        A device that is attached elsewhere is replaced without a moment of neither. When this
+        returns, none of its accesses is under way through the former page table.
         """
         with self._lock:
-            table = self._context.attach(number)
-            former, self._table = self._table, table
-            self._port.space = table[1].ioas.space
+            former, self._attached = self._attached, self._context.attach(number, self._device)
+            self._port.attach(self._attached[1].table)
             if former is not None:
                 self._context.detach(*former)
-            return table[0]
+            return self._attached[0]
 
     def detach(self) -> None:
         with self._lock:
-            self._port.space = None
-            if self._table is not None:
-                self._context.detach(*self._table)
-                self._table = None
+            self._port.attach(None)
+            if self._attached is not None:
+                self._context.detach(*self._attached)
+                self._attached = None
 
     def release(self) -> None:
         self.detach()
@@ -76,7 +79,7 @@ def bind_iommufd(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
 
 
 def attach_iommufd_pt(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
-    """Attach to an IOAS, replacing what was attached; the page table's id is written back."""
+    """Attach to a page table or an IOAS, replacing what was; the table's id is written back."""
     struct = vfio.AttachIommufdPt
     minsz = struct.end_of("pt_id")
     argsz, flags, pt_id = _words(caller.read(arg, minsz))

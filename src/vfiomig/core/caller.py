@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from vfiomig.core.iommufd import Iommufd
     from vfiomig.core.transfer import Migf
-    from vfiomig.descriptors import EventFd
-    from vfiomig.iommu import Memory
+    from vfiomig.descriptors import EventFd, Fd
+    from vfiomig.iommu import Backings, Place
 
 __all__ = ("Caller",)
 
@@ -32,8 +32,14 @@ class Caller(Protocol):
     def check(self, address: int, length: int, *, writable: bool) -> bool:
         """Tell whether the whole range is mapped with that permission."""
 
-    def memory(self) -> Memory:
-        """Return the caller's memory for later: DMA outlives the request that mapped it."""
+    def memory(self, address: int, length: int, *, writable: bool, known: Backings) -> Place:
+        """Find what is there, for later: DMA outlives the request that mapped it.
+
+        EFAULT if not all of it is there with that permission; ``known`` remembers what was found.
+        """
+
+    def file(self, number: int) -> Fd:
+        """Share an open file of the caller's: EBADF if it is not open, EINVAL if it is ours."""
 
     def blocks(self) -> None:
         """Note that the request may take long from here on: it waits, or runs a device's hook."""

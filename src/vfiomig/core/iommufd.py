@@ -1,8 +1,11 @@
-"""/dev/iommu: IO address spaces that programs fill and attach devices to.
+"""/dev/iommu: objects that programs make, and the dispatch of requests.
 
 Every request is a struct whose first field is its size: below the command's minimum EINVAL, and
 what lies beyond the fields known here must be zero (E2BIG), so that newer programs notice.
 Requests and errnos: include/uapi/linux/iommufd.h.
+
+An object counts its users, which keep it from being destroyed: a page table uses its IO address
+space, a device that is attached uses its page table, and a bound device is used by itself.
 """
 
 from __future__ import annotations
@@ -10,48 +13,23 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from vfiomig.abi import iommufd as abi
 from vfiomig.abi.ioctls import Dialect, FdKind, find
 from vfiomig.abi.uapi import UapiStruct
+from vfiomig.core import hwpt, ioas
 from vfiomig.core.caller import Caller
-from vfiomig.iommu import IoSpace, Mapping
-from vfiomig.iommu.space import ALIGNMENT, ALLOWED
+from vfiomig.core.hwpt import BoundDevice, Hwpt
+from vfiomig.core.ioas import Ioas
+from vfiomig.iommu import Backings
+from vfiomig.iommu.space import ALIGNMENT
 
-__all__ = ("AttachedTable", "Iommufd", "read_extensible")
+__all__ = ("BoundDevice", "Iommufd", "read_extensible")
 
-U32_MAX = (1 << 32) - 1
-U64_MAX = (1 << 64) - 1
-
-
-@dataclass(slots=True)
-class Ioas:
-    """An IO address space that the user made."""
-
-    space: IoSpace = field(default_factory=IoSpace)
-    users: int = 0
-
-
-@dataclass(slots=True)
-class AttachedTable:
-    """The page table that attaching to an IOAS makes by itself; it goes with the device."""
-
-    ioas: Ioas
-    users: int = 1
-
-
-@dataclass(slots=True)
-class BoundDevice:
-    """A device that was bound to this iommufd; it goes when the device is closed."""
-
-    name: str
-    users: int = 1
-
-
-Object: TypeAlias = Ioas | AttachedTable | BoundDevice
+Object: TypeAlias = Ioas | Hwpt | BoundDevice
 Handler: TypeAlias = Callable[["Iommufd", UapiStruct, Caller], int]
+_Kind = TypeVar("_Kind", Ioas, Hwpt, BoundDevice)
 
 
 class Iommufd:
@@ -61,6 +39,8 @@ class Iommufd:
         self._lock = threading.Lock()
         self._objects: dict[int, Object] = {}
         self._last_id = 0
+        #: The memory that its programs have mapped.
+        self.backings = Backings()
 
     def ioctl(self, number: int, arg: int, caller: Caller) -> int:
         """Answer a request; raise ``OSError`` with its errno."""
@@ -82,54 +62,99 @@ class Iommufd:
         try:
             caller.write(arg, bytes(argument)[:size])
         except OSError:
+            # Nobody knows the id of what was made.
             if isinstance(argument, abi.IoasAlloc):
-                self.discard(argument.out_ioas_id)  # nobody knows its id
+                self.remove(argument.out_ioas_id)
+            elif isinstance(argument, abi.HwptAlloc):
+                self.remove(argument.out_hwpt_id)
             raise
+
+    # Objects.
 
     def add(self, thing: Object) -> int:
         with self._lock:
-            self._last_id += 1
-            self._objects[self._last_id] = thing
-            return self._last_id
+            return self._add_locked(thing)
 
-    def discard(self, number: int) -> None:
-        """Remove an object whatever still uses it: its owner is gone."""
+    def add_over(self, number: int, make: Callable[[Object], Hwpt]) -> int:
+        """Add a page table that is made over the object ``number``; EINVAL if there is none."""
         with self._lock:
-            self._objects.pop(number, None)
+            parent = self._objects.get(number)
+            if parent is None:
+                raise OSError(errno.EINVAL, f"no object has the id {number}")
+            made = make(parent)
+            made.ioas.users += 1
+            return self._add_locked(made)
 
-    def ioas(self, number: int) -> Ioas:
-        """Find an IO address space; ENOENT for any other id."""
+    def find(self, number: int, kind: type[_Kind]) -> _Kind:
+        """Find an object of that kind; ENOENT for any other id."""
         thing = self._objects.get(number)
-        if not isinstance(thing, Ioas):
-            raise OSError(errno.ENOENT, f"no IOAS has the id {number}")
+        if not isinstance(thing, kind):
+            raise OSError(errno.ENOENT, f"no {kind.__name__} has the id {number}")
         return thing
 
-    def attach(self, number: int) -> tuple[int, AttachedTable]:
-        """Make the page table through which a device uses an IOAS; return its id as well."""
-        with self._lock:
-            thing = self._objects.get(number)
-            if thing is None:
-                raise OSError(errno.ENOENT, f"no object has the id {number}")
-            if not isinstance(thing, Ioas):
-                raise OSError(errno.EINVAL, f"the object {number} is no IOAS")
-            thing.users += 1
-        table = AttachedTable(thing)
-        return self.add(table), table
-
-    def detach(self, number: int, table: AttachedTable) -> None:
-        with self._lock:
-            table.ioas.users -= 1
-            self._objects.pop(number, None)
-
     def remove(self, number: int) -> int:
+        """Destroy an object: ENOENT, or EBUSY while it is used."""
         with self._lock:
             thing = self._objects.get(number)
             if thing is None:
                 return errno.ENOENT
             if thing.users:
                 return errno.EBUSY
-            del self._objects[number]
+            self._remove_locked(number, thing)
             return 0
+
+    def discard(self, number: int) -> None:
+        """Remove a bound device: it was closed."""
+        with self._lock:
+            self._objects.pop(number, None)
+
+    # Devices and page tables.
+
+    def attach(self, number: int, device: BoundDevice) -> tuple[int, Hwpt]:
+        """Count ``device`` as a user of a page table, or of one for an IOAS; return its id too.
+
+        Raises:
+            OSError: ENOENT, or EINVAL for an object of another kind or an IOMMU that cannot do
+                what the page table does.
+        """
+        with self._lock:
+            thing = self._objects.get(number)
+            if thing is None:
+                raise OSError(errno.ENOENT, f"no object has the id {number}")
+            if isinstance(thing, Ioas):
+                number, thing = self._automatic_locked(thing)
+            elif not isinstance(thing, Hwpt):
+                raise OSError(errno.EINVAL, f"the object {number} is no page table and no IOAS")
+            elif thing.tracks and not device.tracks:
+                raise OSError(errno.EINVAL, f"the IOMMU of {device.name} cannot track writes")
+            thing.users += 1
+            return number, thing
+
+    def detach(self, number: int, table: Hwpt) -> None:
+        with self._lock:
+            table.users -= 1
+            if table.automatic and not table.users:
+                self._remove_locked(number, table)
+
+    def _automatic_locked(self, over: Ioas) -> tuple[int, Hwpt]:
+        """Find the page table for devices that are attached to the IOAS itself, or make it."""
+        for number, thing in self._objects.items():
+            if isinstance(thing, Hwpt) and thing.automatic and thing.ioas is over:
+                return number, thing
+        over.users += 1
+        made = Hwpt(over, automatic=True)
+        return self._add_locked(made), made
+
+    def _add_locked(self, thing: Object) -> int:
+        self._last_id += 1
+        self._objects[self._last_id] = thing
+        return self._last_id
+
+    def _remove_locked(self, number: int, thing: Object) -> None:
+        del self._objects[number]
+        if isinstance(thing, Hwpt):
+            thing.ioas.users -= 1
+            thing.table.track(False)
 
 
 def read_extensible(
@@ -153,86 +178,17 @@ def destroy(context: Iommufd, argument: abi.IommuDestroy, caller: Caller) -> int
     return context.remove(argument.id)
 
 
-def ioas_alloc(context: Iommufd, argument: abi.IoasAlloc, caller: Caller) -> int:  # noqa: ARG001
-    if argument.flags:
-        raise OSError(errno.EOPNOTSUPP, "unknown flags")
-    argument.out_ioas_id = context.add(Ioas())
-    return 0
-
-
-def ioas_iova_ranges(context: Iommufd, argument: abi.IoasIovaRanges, caller: Caller) -> int:
-    """List the usable ranges; EMSGSIZE, with their number, if they do not fit."""
-    if argument.reserved:
-        raise OSError(errno.EOPNOTSUPP, "a reserved field is set")
-    context.ioas(argument.ioas_id)
-    room = argument.num_iovas
-    for at, (start, last) in enumerate(ALLOWED[:room]):
-        row = abi.IovaRange(start=start, last=last)
-        caller.write(argument.allowed_iovas + at * row.SIZE, bytes(row))
-    argument.num_iovas = len(ALLOWED)
-    argument.out_iova_alignment = ALIGNMENT
-    return errno.EMSGSIZE if len(ALLOWED) > room else 0
-
-
-def ioas_map(context: Iommufd, argument: abi.IoasMap, caller: Caller) -> int:
-    known = (
-        abi.IOMMU_IOAS_MAP_FIXED_IOVA | abi.IOMMU_IOAS_MAP_WRITEABLE | abi.IOMMU_IOAS_MAP_READABLE
-    )
-    if argument.flags & ~known or argument.reserved:
-        raise OSError(errno.EOPNOTSUPP, "unknown flags, or a reserved field is set")
-    if U64_MAX in {argument.iova, argument.length}:
-        raise OSError(errno.EOVERFLOW, "iova or length")
-    readable = bool(argument.flags & abi.IOMMU_IOAS_MAP_READABLE)
-    writable = bool(argument.flags & abi.IOMMU_IOAS_MAP_WRITEABLE)
-    if not readable and not writable:
-        raise OSError(errno.EINVAL, "a mapping that nobody may use")
-    space = context.ioas(argument.ioas_id).space
-    if not argument.length:
-        raise OSError(errno.EINVAL, "an empty mapping")
-    if argument.user_va + argument.length > U64_MAX:
-        raise OSError(errno.EOVERFLOW, "user_va + length")
-    if argument.user_va % ALIGNMENT:
-        raise OSError(errno.EINVAL, "user_va is not aligned to a page")
-    mapping = Mapping(
-        iova=argument.iova,
-        length=argument.length,
-        memory=caller.memory(),
-        address=argument.user_va,
-        readable=readable,
-        writable=writable,
-    )
-    present = caller.check(mapping.address, mapping.length, writable=writable)
-    if argument.flags & abi.IOMMU_IOAS_MAP_FIXED_IOVA:
-        space.map(mapping)
-    else:
-        mapping = space.map_anywhere(mapping)
-    if not present:  # only now: that the IOVA is taken comes before it
-        space.unmap(mapping.iova, mapping.length)
-        raise OSError(errno.EFAULT, "not all of the memory is there, or may be used so")
-    argument.iova = mapping.iova
-    return 0
-
-
-def ioas_unmap(context: Iommufd, argument: abi.IoasUnmap, caller: Caller) -> int:  # noqa: ARG001
-    space = context.ioas(argument.ioas_id).space
-    if (argument.iova, argument.length) == (0, U64_MAX):
-        argument.length = space.clear()
-        return 0
-    if U64_MAX in {argument.iova, argument.length}:
-        raise OSError(errno.EOVERFLOW, "iova or length")
-    if not argument.length:
-        raise OSError(errno.EINVAL, "nothing to unmap")
-    if argument.iova + argument.length > U64_MAX:
-        raise OSError(errno.EOVERFLOW, "iova + length")
-    argument.length = space.unmap(argument.iova, argument.length)
-    return 0
-
-
 #: What answers a request, and whether its struct is written back.
 SERVED: dict[str, tuple[Handler, bool]] = {
     "IOMMU_DESTROY": (destroy, False),  # type: ignore[dict-item]  # the row names the struct
-    "IOMMU_IOAS_ALLOC": (ioas_alloc, True),  # type: ignore[dict-item]
-    "IOMMU_IOAS_IOVA_RANGES": (ioas_iova_ranges, True),  # type: ignore[dict-item]
-    "IOMMU_IOAS_MAP": (ioas_map, True),  # type: ignore[dict-item]
-    "IOMMU_IOAS_UNMAP": (ioas_unmap, True),  # type: ignore[dict-item]
+    "IOMMU_IOAS_ALLOC": (ioas.alloc, True),  # type: ignore[dict-item]
+    "IOMMU_IOAS_IOVA_RANGES": (ioas.iova_ranges, True),  # type: ignore[dict-item]
+    "IOMMU_IOAS_MAP": (ioas.map_, True),  # type: ignore[dict-item]
+    "IOMMU_IOAS_MAP_FILE": (ioas.map_file, True),  # type: ignore[dict-item]
+    "IOMMU_IOAS_COPY": (ioas.copy, True),  # type: ignore[dict-item]
+    "IOMMU_IOAS_UNMAP": (ioas.unmap, True),  # type: ignore[dict-item]
+    "IOMMU_HWPT_ALLOC": (hwpt.alloc, True),  # type: ignore[dict-item]
+    "IOMMU_GET_HW_INFO": (hwpt.get_hw_info, True),  # type: ignore[dict-item]
+    "IOMMU_HWPT_SET_DIRTY_TRACKING": (hwpt.set_dirty_tracking, False),  # type: ignore[dict-item]
+    "IOMMU_HWPT_GET_DIRTY_BITMAP": (hwpt.get_dirty_bitmap, False),  # type: ignore[dict-item]
 }

@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from vfiomig.iommu.space import Memory
-
-__all__ = ("UNIT", "DirtyLog")
+__all__ = ("UNIT", "BitmapMemory", "DirtyLog")
 
 #: Bytes that one remembered write covers at least.
 UNIT = 4096
@@ -32,6 +30,13 @@ WORD_BITS = 64
 WORD_BYTES = 8
 #: Neighbouring words of a caller's bitmap that are read and written together, at most.
 MERGE_WORDS = 512
+
+
+class BitmapMemory(Protocol):
+    """Where a report goes: the memory of whoever asks."""
+
+    def read(self, address: int, length: int) -> bytes: ...
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None: ...
 
 
 class DirtyLog:
@@ -46,7 +51,18 @@ class DirtyLog:
 
     def mark(self, iova: int, length: int) -> None:
         """Remember a write of ``length`` bytes at ``iova``; outside the ranges it is not logged."""
-        for at, low, high in self._overlaps(iova, iova + length):
+        end = iova + length
+        at = bisect_right(self._ends, iova)
+        if at < len(self.ranges) and length:
+            low, high = self.ranges[at]
+            if low <= iova and end <= high:  # nearly every write lies inside one range
+                units, first = self._units[at], iova // UNIT
+                if (end - 1) // UNIT == first and first in units:
+                    return  # whichever report takes it away comes after this write
+                with self._lock:
+                    units.update(range(first, (end - 1) // UNIT + 1))
+                return
+        for at, low, high in self._overlaps(iova, end):
             with self._lock:
                 self._units[at].update(range(low // UNIT, (high - 1) // UNIT + 1))
 
@@ -64,20 +80,38 @@ class DirtyLog:
         return bitmap
 
     def report_into(
-        self, iova: int, length: int, page_size: int, memory: Memory, address: int
+        self,
+        iova: int,
+        length: int,
+        page_size: int,
+        memory: BitmapMemory,
+        address: int,
+        *,
+        clear: bool = True,
     ) -> None:
         """Set the bits of a report in a bitmap at ``address``; bits that are set there stay.
 
-        A bitmap that faults fails the report, and nothing of it is forgotten.
+        A bitmap that faults fails the report, and nothing of it is forgotten; without ``clear``
+        nothing is forgotten in any case.
         """
         with self._lock:
             words, told = self._take_locked(iova, length, page_size)
             try:
                 _merge(words, memory, address)
             except OSError:
-                for at, units in told:
-                    self._units[at].update(units)
+                clear = False
                 raise
+            finally:
+                if not clear:
+                    for at, units in told:
+                        self._units[at].update(units)
+
+    def forget(self, iova: int, length: int) -> None:
+        """Forget what was written to pages that are gone."""
+        with self._lock:
+            for at, low, high in self._overlaps(iova, iova + length):
+                units = self._units[at]
+                units.difference_update(_within(units, low // UNIT, (high - 1) // UNIT))
 
     def _take_locked(
         self, iova: int, length: int, page_size: int
@@ -121,7 +155,7 @@ def _set_bits(words: dict[int, int], first: int, last: int) -> None:
         words[at] = words.get(at, 0) | 1 << bit % WORD_BITS
 
 
-def _merge(words: dict[int, int], memory: Memory, address: int) -> None:
+def _merge(words: dict[int, int], memory: BitmapMemory, address: int) -> None:
     """Set the bits of ``words`` in memory; words without a bit are not touched."""
     for run in _runs(sorted(words)):
         at, size = address + run[0] * WORD_BYTES, len(run) * WORD_BYTES

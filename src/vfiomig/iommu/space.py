@@ -4,8 +4,14 @@ Theory of operation
 -------------------
 Mappings never overlap and are kept sorted by IOVA, so a lookup is one bisection. A mapping can
 only be removed whole, as iommufd has it: an unmap that would cut one is refused before anything
-is removed. Rules and errnos: drivers/iommu/iommufd (``IOMMU_IOAS_MAP``, ``IOMMU_IOAS_UNMAP`` in
-include/uapi/linux/iommufd.h), with an alignment of one page as an attached IOMMU asks for it.
+is removed. Rules, errnos and their order: drivers/iommu/iommufd (``IOMMU_IOAS_MAP``, ``..._COPY``
+and ``..._UNMAP`` in include/uapi/linux/iommufd.h), with an alignment of one page as an attached
+IOMMU asks for it.
+
+A device's access is made while ``lock`` is held (port.py), from the lookup to the last byte and
+its mark in the logs. So when an unmap has returned, nothing is under way to what it removed, and
+its owner may give that memory to somebody else; nothing more than one uncontended lock is paid
+for this. Large accesses are made in pieces, between which others get their turn.
 """
 
 from __future__ import annotations
@@ -13,13 +19,13 @@ from __future__ import annotations
 import errno
 import threading
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from vfiomig.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from vfiomig.iommu.dirty import DirtyLog
 
 __all__ = ("ALIGNMENT", "ALLOWED", "IoSpace", "Mapping", "Memory")
 
@@ -31,10 +37,16 @@ ALLOWED = ((0, 0xFEDF_FFFF), (0xFEF0_0000, (1 << 48) - 1))
 
 
 class Memory(Protocol):
-    """Memory that a mapping leads to. Addresses are those of the program that mapped it."""
+    """Memory that mappings lead to, by addresses that it alone gives a meaning."""
 
-    def read(self, address: int, length: int) -> bytes: ...
-    def write(self, address: int, data: bytes | bytearray | memoryview) -> None: ...
+    def read(self, address: int, length: int) -> bytes:
+        """Return all of it, or raise ``OSError``."""
+
+    def read_into(self, address: int, view: memoryview) -> int:
+        """Fill ``view``; return the number of bytes before the first that cannot be read."""
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all of it, or raise ``OSError`` behind what could be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +59,15 @@ class Mapping:
     address: int
     readable: bool
     writable: bool
+    #: Whether a copy of it may be writable: the memory was mapped for writing in the first place.
+    may_write: bool | None = None
+    #: What an IOVA and its address differ by.
+    shift: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shift", self.address - self.iova)
+        if self.may_write is None:
+            object.__setattr__(self, "may_write", self.writable)
 
     @property
     def end(self) -> int:
@@ -57,54 +78,52 @@ class IoSpace:
     """The mappings of one IO address space. Safe for concurrent use."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        #: Held during every access. ``_locked`` methods and ``logs`` are for who holds it.
+        self.lock = threading.Lock()
+        #: Logs of page tables of this space: they forget what is unmapped.
+        self.logs: list[DirtyLog] = []
         self._mappings: list[Mapping] = []
         self._starts: list[int] = []
 
-    def map(self, mapping: Mapping) -> None:
-        """Add a mapping at its IOVA.
+    def map(self, *mappings: Mapping) -> None:
+        """Add mappings, each of which begins where the one before ends: all of them or none.
+
+        Raises:
+            RequestError: as ``check``; then EPERM (write access to memory that was mapped for
+                reading) and EINVAL (an address inside a page).
+        """
+        with self.lock:
+            self._map_locked(mappings)
+
+    def map_anywhere(self, *mappings: Mapping, hint: int = 0) -> int:
+        """Add mappings wherever there is room for them; return the first one's IOVA."""
+        with self.lock:
+            iova = self._find_free_locked(sum(mapping.length for mapping in mappings), hint)
+            shift = iova - mappings[0].iova
+            self._map_locked([replace(m, iova=m.iova + shift) for m in mappings])
+            return iova
+
+    def check(self, iova: int, length: int) -> None:
+        """Refuse what cannot be mapped.
 
         Raises:
             RequestError: EINVAL (empty, unaligned, or in a reserved range), EOVERFLOW (past the
                 end of the address space), EEXIST (overlaps another mapping).
         """
-        last = mapping.end - 1
-        if not mapping.length or (mapping.iova | mapping.length) % ALIGNMENT:
-            raise RequestError(errno.EINVAL, "IOVA and length are multiples of the page size")
-        if last >= 1 << 64:
-            raise RequestError(errno.EOVERFLOW, "the mapping leaves the 64-bit address space")
-        if not any(first <= mapping.iova and last <= end for first, end in ALLOWED):
-            raise RequestError(errno.EINVAL, f"IOVA {mapping.iova:#x} lies in a reserved range")
-        with self._lock:
-            at = bisect_right(self._starts, mapping.iova)
-            before_overlaps = at and self._mappings[at - 1].end > mapping.iova
-            after_overlaps = at < len(self._starts) and self._starts[at] < mapping.end
-            if before_overlaps or after_overlaps:
-                raise RequestError(errno.EEXIST, f"IOVA {mapping.iova:#x} is mapped already")
-            self._mappings.insert(at, mapping)
-            self._starts.insert(at, mapping.iova)
+        with self.lock:
+            self._check_locked(iova, length)
 
-    def map_anywhere(self, mapping: Mapping) -> Mapping:
-        """Add a mapping wherever there is room; return it as it was placed."""
-        with self._lock:
-            placed = replace(mapping, iova=self.find_free(mapping.length))
-            self.map(placed)
-            return placed
+    def find_free(self, length: int, hint: int = 0) -> int:
+        """Return the lowest IOVA with ``length`` free bytes, which is never 0.
 
-    def find_free(self, length: int) -> int:
-        """Return the lowest IOVA with ``length`` free bytes; ENOSPC if there is none."""
-        with self._lock:
-            for first, last in ALLOWED:
-                at = first
-                for mapping in self._mappings:
-                    if mapping.end <= at:
-                        continue
-                    if mapping.iova >= at + length:
-                        break
-                    at = mapping.end
-                if at + length - 1 <= last:
-                    return at
-        raise RequestError(errno.ENOSPC, f"no {length} contiguous bytes of IOVA are free")
+        It is aligned like ``hint``, the address that it shall lead to, so that large pages can
+        be used.
+
+        Raises:
+            RequestError: EINVAL (unaligned), EOVERFLOW (half the address space), ENOSPC.
+        """
+        with self.lock:
+            return self._find_free_locked(length, hint)
 
     def unmap(self, iova: int, length: int) -> int:
         """Remove the mappings inside [iova, iova + length); return how many bytes they held.
@@ -113,37 +132,114 @@ class IoSpace:
             RequestError: ENOENT when there is none, or when one would have to be cut.
         """
         end = iova + length
-        with self._lock:
-            inside = [m for m in self._mappings if m.iova < end and m.end > iova]
+        with self.lock:
+            first = bisect_right(self._starts, iova)
+            if first and self._mappings[first - 1].end > iova:
+                first -= 1
+            last = first
+            while last < len(self._starts) and self._starts[last] < end:
+                last += 1
+            inside = self._mappings[first:last]
             if not inside or inside[0].iova < iova or inside[-1].end > end:
                 raise RequestError(
                     errno.ENOENT, f"[{iova:#x}, {end:#x}) does not hold whole mappings"
                 )
-            first = self._starts.index(inside[0].iova)
-            del self._mappings[first : first + len(inside)]
-            del self._starts[first : first + len(inside)]
-        return sum(mapping.length for mapping in inside)
+            return self._remove_locked(first, last)
 
     def clear(self) -> int:
         """Remove every mapping; return how many bytes they held."""
-        with self._lock:
-            held = sum(mapping.length for mapping in self._mappings)
-            self._mappings.clear()
-            self._starts.clear()
-        return held
+        with self.lock:
+            return self._remove_locked(0, len(self._starts))
+
+    def pieces(self, iova: int, length: int) -> list[Mapping]:
+        """Return what [iova, iova + length) leads to, cut to it; ENOENT if there is a gap."""
+        end, found = iova + length, []
+        with self.lock:
+            while iova < end:
+                mapping = self.find_locked(iova, 1)
+                if mapping is None:
+                    raise RequestError(errno.ENOENT, f"nothing is mapped at IOVA {iova:#x}")
+                stop = min(end, mapping.end)
+                address = iova + mapping.shift
+                found.append(replace(mapping, iova=iova, length=stop - iova, address=address))
+                iova = stop
+        return found
+
+    def mapped_length(self, iova: int, length: int) -> int:
+        """Return how much of [iova, iova + length) is mapped before the first gap."""
+        at = iova
+        with self.lock:
+            while at < iova + length and (mapping := self.find_locked(at, 1)) is not None:
+                at = mapping.end
+        return min(at - iova, length)
+
+    def find_locked(self, iova: int, length: int) -> Mapping | None:
+        """Return the one mapping that holds the whole access, if there is one."""
+        at = bisect_right(self._starts, iova) - 1
+        if at < 0:
+            return None
+        mapping = self._mappings[at]
+        return mapping if iova + length <= mapping.iova + mapping.length else None
 
     def __len__(self) -> int:
         return len(self._mappings)
 
-    def pieces(self, iova: int, length: int) -> Iterator[tuple[Mapping, int, int]]:
-        """Split an access into (mapping, address, length); EFAULT where nothing is mapped."""
-        end = iova + length
-        while iova < end:
-            with self._lock:
-                at = bisect_right(self._starts, iova) - 1
-                mapping = self._mappings[at] if at >= 0 else None
-            if mapping is None or mapping.end <= iova:
-                raise RequestError(errno.EFAULT, f"nothing is mapped at IOVA {iova:#x}")
-            size = min(end, mapping.end) - iova
-            yield mapping, mapping.address + iova - mapping.iova, size
-            iova += size
+    def _map_locked(self, mappings: tuple[Mapping, ...] | list[Mapping]) -> None:
+        self._check_locked(mappings[0].iova, sum(mapping.length for mapping in mappings))
+        for mapping in mappings:
+            if mapping.writable and not mapping.may_write:
+                raise RequestError(errno.EPERM, "the memory was mapped for reading only")
+            if mapping.address % ALIGNMENT:
+                raise RequestError(errno.EINVAL, "the memory does not begin at a page")
+        at = bisect_right(self._starts, mappings[0].iova)
+        self._mappings[at:at] = mappings
+        self._starts[at:at] = [mapping.iova for mapping in mappings]
+
+    def _check_locked(self, iova: int, length: int) -> None:
+        if not length or (iova | length) % ALIGNMENT:
+            raise RequestError(errno.EINVAL, "IOVA and length are multiples of the page size")
+        last = iova + length - 1
+        if last >= 1 << 64:
+            raise RequestError(errno.EOVERFLOW, "the mapping leaves the 64-bit address space")
+        if not any(first <= iova and last <= end for first, end in ALLOWED):
+            raise RequestError(errno.EINVAL, f"IOVA {iova:#x} lies in a reserved range")
+        at = bisect_right(self._starts, iova)
+        before_overlaps = at and self._mappings[at - 1].end > iova
+        after_overlaps = at < len(self._starts) and self._starts[at] <= last
+        if before_overlaps or after_overlaps:
+            raise RequestError(errno.EEXIST, f"IOVA {iova:#x} is mapped already")
+
+    def _find_free_locked(self, length: int, hint: int) -> int:
+        if length % ALIGNMENT:
+            raise RequestError(errno.EINVAL, "the length is a multiple of the page size")
+        if not 0 < length < (1 << 63) - 1:
+            raise RequestError(errno.EOVERFLOW, f"{length} bytes are more than any room")
+        step = 1 << (length - 1).bit_length()
+        if hint:
+            step = min(step, hint & -hint)
+        if step < ALIGNMENT:
+            raise RequestError(errno.EINVAL, "the memory does not begin at a page")
+        for first, last in ALLOWED:
+            at = _round_up(max(first, ALIGNMENT), step)
+            for mapping in self._mappings:
+                if mapping.end <= at:
+                    continue
+                if mapping.iova >= at + length:
+                    break
+                at = _round_up(mapping.end, step)
+            if at + length - 1 <= last:
+                return at
+        raise RequestError(errno.ENOSPC, f"no {length} contiguous bytes of IOVA are free")
+
+    def _remove_locked(self, first: int, last: int) -> int:
+        removed = self._mappings[first:last]
+        del self._mappings[first:last]
+        del self._starts[first:last]
+        for log in self.logs:
+            for mapping in removed:
+                log.forget(mapping.iova, mapping.length)
+        return sum(mapping.length for mapping in removed)
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step

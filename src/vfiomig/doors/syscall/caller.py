@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vfiomig.core.transfer import Migf
     from vfiomig.doors.syscall.notify import Notification
     from vfiomig.doors.syscall.opened import Table
+    from vfiomig.iommu import Backings, Place
 
 __all__ = ("SyscallCaller", "process_of")
 
@@ -47,9 +48,14 @@ class SyscallCaller:
         self.check = memory.check
         self.blocks = blocks
 
-    def memory(self) -> ProcessMemory:
-        """Return the memory of the process: it outlives the calling thread."""
-        return ProcessMemory(process_of(self._call.tid))
+    def memory(self, address: int, length: int, *, writable: bool, known: Backings) -> Place:
+        tid = self._call.tid
+        return known.of_program(process_of(tid), tid, address, length, writable=writable)
+
+    def file(self, number: int) -> Fd:
+        if self._table.find(self._call.tid, number) is not None:
+            raise OSError(errno.EINVAL, f"{number} is a device or what belongs to one")
+        return Fd(self._share(number))
 
     def return_fd(self, migf: Migf, address: int, render: Callable[[int], bytes]) -> None:
         """Give the program a descriptor and write its number, or neither.
@@ -74,12 +80,15 @@ class SyscallCaller:
         raise OSError(errno.EBADFD if is_open else errno.EBADF, f"{number} is no iommufd")
 
     def eventfd(self, number: int) -> EventFd:
+        return EventFd(self._share(number))
+
+    def _share(self, number: int) -> int:
         with Fd(os.pidfd_open(process_of(self._call.tid))) as process:
             call = X86_64["pidfd_getfd"]
             copy = _libc.syscall(call, process.fileno(), ctypes.c_int(number), 0)
             if copy < 0:
                 raise OSError(ctypes.get_errno(), f"descriptor {number} cannot be shared")
-        return EventFd(copy)
+        return int(copy)
 
 
 def process_of(tid: int) -> int:
