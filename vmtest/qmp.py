@@ -1,0 +1,108 @@
+"""QEMU's monitor protocol: one command at a time, and the events that come in between.
+
+A message is a line of JSON (docs/interop/qmp-spec.rst of QEMU). Events are kept until somebody
+waits for them, in their order.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from vmtest.errors import GuestTimeout, VmtestError
+from vmtest.wire import Wire
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+
+__all__ = ("Qmp", "QmpError")
+
+Message = dict[str, Any]
+
+
+class QmpError(VmtestError):
+    """QEMU refuses a command; ``kind`` is its class of errors."""
+
+    def __init__(self, command: str, error: Message) -> None:
+        super().__init__(f"QEMU refuses {command}: {error['desc']}")
+        self.kind: str = error["class"]
+
+
+class Qmp:
+    """A monitor of one QEMU."""
+
+    def __init__(self, socket_: socket.socket, *, timeout: float = 30) -> None:
+        """Take ``socket_`` over, which QEMU serves; nothing is said before :meth:`greet`."""
+        self._wire = Wire(socket_, "QEMU's monitor")
+        self._timeout = timeout
+        #: Events that nobody has taken yet.
+        self.events: list[Message] = []
+
+    def greet(self) -> None:
+        """Wait until QEMU has started, and leave the mode in which it takes no commands."""
+        greeting = self._receive(time.monotonic() + self._timeout)
+        if "QMP" not in greeting:
+            raise VmtestError(f"this is no QEMU monitor: {greeting}")
+        self.execute("qmp_capabilities")
+
+    def execute(
+        self,
+        command: str,
+        *,
+        fds: Sequence[int] = (),
+        timeout: float | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Execute ``command`` and return its result.
+
+        An underscore in an argument's name stands for a hyphen. ``fds`` are passed along, as
+        ``getfd`` and ``add-fd`` want one.
+        """
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        message: Message = {"execute": command}
+        if arguments:
+            message["arguments"] = {
+                name.replace("_", "-"): value for name, value in arguments.items()
+            }
+        self._wire.send(json.dumps(message).encode() + b"\n", fds, timeout=self._timeout)
+        while True:
+            answer = self._receive(deadline)
+            if "event" in answer:
+                self.events.append(answer)
+            elif "error" in answer:
+                raise QmpError(command, answer["error"])
+            else:
+                return answer["return"]
+
+    def wait_event(
+        self, name: str, wanted: Callable[[Message], bool] = bool, *, timeout: float | None = None
+    ) -> Message:
+        """Wait for the next event ``name`` whose data is ``wanted`` and return the data.
+
+        It and the events before it are taken. Without a condition, data of any kind will do.
+        """
+        limit = self._timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        seen = []
+        while True:
+            while self.events:
+                event = self.events.pop(0)
+                data: Message = event.get("data", {})
+                if event["event"] == name and (wanted is bool or wanted(data)):
+                    return data
+                seen.append(event["event"])
+            try:
+                self.events.append(self._receive(deadline))
+            except GuestTimeout:
+                raise GuestTimeout(f"no event {name} in {limit} s; seen: {seen}") from None
+
+    def close(self) -> None:
+        """Close it; once more is harmless."""
+        self._wire.close()
+
+    def _receive(self, deadline: float) -> Message:
+        line = self._wire.line(timeout=deadline - time.monotonic())
+        message: Message = json.loads(line)
+        return message
