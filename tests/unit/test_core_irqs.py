@@ -733,10 +733,12 @@ def test_a_program_that_lets_its_counter_run_full_holds_nobody_up(host: Host) ->
 
 def test_devices_may_interrupt_from_many_threads(host: Host) -> None:
     (eventfd,) = host.enable(MSI)
-    threads = [
-        threading.Thread(target=lambda: [host.interrupts.msi(0) for _ in range(500)])
-        for _ in range(4)
-    ]
+
+    def interrupt() -> None:
+        for _ in range(500):
+            host.interrupts.msi(0)
+
+    threads = [threading.Thread(target=interrupt) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 
-from vfiomig.descriptors import Fd, create_sealed_memfd, poll_until, reopen
+from vfiomig.descriptors import EventFd, Fd, create_sealed_memfd, poll_until, reopen
 
 
 def is_open(number: int) -> bool:
@@ -126,3 +126,41 @@ def test_a_reopened_file_has_an_offset_and_flags_of_its_own() -> None:
             with pytest.raises(OSError) as failure:
                 os.write(other.fileno(), b"x")
             assert failure.value.errno == errno.EBADF
+
+
+# Eventfds that belong to somebody else as well.
+
+
+def test_an_eventfd_counts_signals_until_it_is_taken() -> None:
+    number = os.eventfd(0)
+    with EventFd(os.dup(number)) as eventfd:
+        eventfd.signal()
+        eventfd.signal()
+        assert os.eventfd_read(number) == 2
+        assert not eventfd.take(), "it does not wait, although the eventfd would"
+        os.eventfd_write(number, 3)
+        assert eventfd.take()
+        assert not eventfd.take()
+    os.close(number)
+
+
+def test_a_full_eventfd_stays_full_and_nobody_waits() -> None:
+    number = os.eventfd(0)
+    full = (1 << 64) - 2
+    os.eventfd_write(number, full)
+    with EventFd(os.dup(number)) as eventfd:
+        eventfd.signal()
+    assert os.eventfd_read(number) == full
+    os.close(number)
+
+
+def test_what_is_no_eventfd_is_refused_and_closed() -> None:
+    reader, writer = os.pipe()
+    with pytest.raises(OSError) as failure:
+        EventFd(reader)
+    assert failure.value.errno == errno.EINVAL
+    assert not is_open(reader)
+    os.close(writer)
+    with pytest.raises(OSError) as failure:
+        EventFd(reader)
+    assert failure.value.errno == errno.EBADF
