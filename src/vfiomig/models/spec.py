@@ -28,6 +28,7 @@ from vfiomig.device import Device
 from vfiomig.errors import SpecError
 from vfiomig.models.counter import Counter
 from vfiomig.models.pattern import Pattern
+from vfiomig.models.virtio_blk import VirtioBlk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,7 +40,7 @@ Value: TypeAlias = str | int | float | bool
 
 #: The ready devices.
 KNOWN: Final[Mapping[str, type[Device]]] = MappingProxyType(
-    {"pattern": Pattern, "counter": Counter}
+    {"pattern": Pattern, "counter": Counter, "virtio_blk": VirtioBlk}
 )
 
 _UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
