@@ -133,9 +133,10 @@ class Uart16550:
 
     def loop_back(self) -> None:
         """Move what waits in ``tx`` through the loop inside."""
-        data = bytes(self.tx)
-        self.sent(len(data))
-        self.receive(data)
+        if self.tx:
+            data = bytes(self.tx)
+            self.sent(len(data))
+            self.receive(data)
 
     def set_lines(self, lines: int) -> None:
         """Put ``lines`` at the inputs; the loop hides them."""
@@ -233,7 +234,8 @@ class Uart16550:
 
     def _read_lsr(self) -> int:
         status = self._registers.overrun
-        self._set(overrun=0)
+        if status:
+            self._set(overrun=0)
         if self.rx:
             status |= LSR_DR
         if not self.tx:
@@ -242,7 +244,8 @@ class Uart16550:
 
     def _write_thr(self, value: int) -> None:
         """Queue a byte. A full FIFO drops it, the single register keeps only it."""
-        self._set(empty=0)
+        if self._registers.empty:
+            self._set(empty=0)
         if self.depth == 1:
             self.tx.clear()
         if len(self.tx) < self.depth:
@@ -269,6 +272,8 @@ class Uart16550:
         lines = self._lines
         if mcr & LOOP:
             lines = sum(line for output, line in LOOPED.items() if mcr & output)
+        if lines == before & ~CHANGED:
+            return
         changed = (lines ^ before) >> 4
         if lines & RI:
             changed &= ~RI_CHANGED
