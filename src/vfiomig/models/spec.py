@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from vfiomig.device import Device
 from vfiomig.errors import SpecError
 from vfiomig.models.counter import Counter
+from vfiomig.models.mtty import Mtty
 from vfiomig.models.pattern import Pattern
 from vfiomig.models.virtio_blk import VirtioBlk
 
@@ -40,7 +41,7 @@ Value: TypeAlias = str | int | float | bool
 
 #: The ready devices.
 KNOWN: Final[Mapping[str, type[Device]]] = MappingProxyType(
-    {"pattern": Pattern, "counter": Counter, "virtio_blk": VirtioBlk}
+    {"pattern": Pattern, "counter": Counter, "mtty": Mtty, "virtio_blk": VirtioBlk}
 )
 
 _UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
