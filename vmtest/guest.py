@@ -16,16 +16,15 @@ have in front of it. It also dies with the thread that started it.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
+import select
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -44,9 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Guest", "Outcome")
 
-_PR_SET_PDEATHSIG: Final = 1
 _END_TIMEOUT_S: Final = 10
-_libc: Final = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,30 +164,37 @@ class Guest:
     def wait(self, *, timeout: float = 30) -> int:
         """Wait for QEMU's end and return its exit code, or the launcher's."""
         assert self._process is not None
-        try:
-            return self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise GuestTimeout(f"QEMU (process {self.pid}) still runs after {timeout} s") from None
+        if self._process.returncode is None:
+            if not _has_ended(self.pid, timeout):
+                raise GuestTimeout(f"QEMU (process {self.pid}) still runs after {timeout} s")
+            self.kill()
+        return self._process.wait()
 
     def kill(self) -> None:
         """Kill QEMU and its launcher as a power failure would."""
-        if self._process is not None and self._process.returncode is None:
-            # Not waited for yet, so the number of the group is still this process's.
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        if self._signal_group(signal.SIGKILL):
+            assert self._process is not None
             self._process.wait(_END_TIMEOUT_S)
 
     def close(self) -> None:
         """End QEMU, by asking first, and remove every trace; once more is harmless."""
-        process = self._process
-        if process is not None and process.poll() is None:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_END_TIMEOUT_S)
+        if self._signal_group(signal.SIGTERM):
+            _has_ended(self.pid, _END_TIMEOUT_S)
         self.kill()
         self.qmp.close()
         self.shell.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _signal_group(self, number: signal.Signals) -> bool:
+        """Signal everything that was started; False when that is over and waited for.
+
+        Who was waited for may have given the number of its group to somebody else. So it is
+        waited for last, after a signal to whatever it left in its group.
+        """
+        if self._process is None or self._process.returncode is not None:
+            return False
+        os.killpg(self._process.pid, number)
+        return True
 
     def __enter__(self) -> Self:
         return self
@@ -205,33 +209,39 @@ class Guest:
 
     def _ended(self, what: str) -> GuestEnded:
         """Return the error for a QEMU that has gone, with all that it left to say."""
-        code = "it still runs"
-        if self._process is not None:
-            with suppress(subprocess.TimeoutExpired):
-                code = f"exit code {self._process.wait(_END_TIMEOUT_S)}"
+        try:
+            code = f"exit code {self.wait(timeout=_END_TIMEOUT_S)}"
+        except GuestTimeout:
+            code = "it still runs"
         return GuestEnded(f"{what}: {code}\n{self.said[-2000:]}{self.console[-2000:]}".rstrip())
 
 
 def _start(command: list[str], said: int, fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
-    parent = os.getpid()
-
-    def die_with_the_parent() -> None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
+    # Arranged by a program, because Python code between fork and exec may meet a lock that
+    # another thread of this process holds.
+    dies_with_us = ["setpriv", "--pdeathsig", "KILL", "--"]
     try:
         return subprocess.Popen(
-            command,
+            [*dies_with_us, *command],
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,
             pass_fds=fds,
             start_new_session=True,
-            preexec_fn=die_with_the_parent,  # noqa: PLW1509 - one system call, and no lock taken
         )
-    except OSError as error:
-        raise VmtestError(f"{command[0]} cannot be started: {error.strerror}") from None
+    except FileNotFoundError:
+        raise VmtestError("setpriv is not installed: apt install util-linux") from None
+
+
+def _has_ended(pid: int, timeout: float) -> bool:
+    """Wait for the end of a child without taking its exit code."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+    finally:
+        os.close(pidfd)
 
 
 def _text_of(path: Path) -> str:
