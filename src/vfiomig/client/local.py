@@ -47,16 +47,17 @@ class LocalTransport:
         self.nofile = nofile
         self._lock = threading.Lock()
         self._table: dict[int, VfioDeviceFile | Iommufd | Migf] = {}
-        self._caller = LocalCaller(self)
         self.iommufd = self.install(Iommufd())
         self.device = self.install(device.open())
 
     def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
         address = 0 if argument is None else ctypes.addressof(argument)
         target = self.find(on)
+        # Made for each request: kept, the two would be a cycle that keeps the device's memory.
+        caller = LocalCaller(self)
         if isinstance(target, Migf):
-            return self._open_device.data_ioctl(target, number, address, self._caller)
-        return target.ioctl(number, address, self._caller)
+            return self._open_device.data_ioctl(target, number, address, caller)
+        return target.ioctl(number, address, caller)
 
     def readinto(self, data_fd: int, buffer: memoryview) -> int:
         return self._transfer(data_fd, SessionKind.SAVING, ReadTransfer(buffer))

@@ -25,6 +25,7 @@ import logging
 import operator
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -100,6 +101,11 @@ def _answer(
     return None if final is None else State(final), failure and as_errno(failure), body
 
 
+def _tell(hear: Callable[[], None] | None) -> None:
+    if hear is not None:
+        hear()
+
+
 class Migration:
     """The state machine of ``device``; ``capabilities`` are those that callers are shown."""
 
@@ -117,7 +123,10 @@ class Migration:
         self._reset_noted = False
         self._error_noted = False
         self._controls = type(device).migration_set_state is not Device.migration_set_state
-        device._on_data_ready = self._data_ready
+        # Weakly: a device with gigabytes of state must go when its last user forgets it, not
+        # when the garbage collector finds a cycle.
+        told = weakref.WeakMethod(self._data_ready)
+        device._on_data_ready = lambda: _tell(told())
 
     # What callers ask.
 

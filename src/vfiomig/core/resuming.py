@@ -105,7 +105,8 @@ class ResumingMigf(Migf):
         try:
             self._load(Reader(self))
         except BaseException as problem:  # noqa: BLE001 - hook boundary: all others are bugs
-            failure = self._refusal(problem, "load")
+            # Without the frames that it was raised through: they hold the device.
+            failure = self._refusal(problem, "load").with_traceback(None)
         with self._condition:
             self._returned = True
             self._failure = failure
