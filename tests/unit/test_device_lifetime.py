@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from vfiomig import State
 from vfiomig.client import open_device
 from vfiomig.models import make
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @pytest.fixture(autouse=True)
