@@ -10,11 +10,14 @@
 .DELETE_ON_ERROR:
 # Two verbs side by side would run two pips in one .venv.
 .NOTPARALLEL:
-.PHONY: help setup setup-dev demo test test-all check bench dist lock clean distclean platform compiler
+.PHONY: help setup setup-dev demo test test-qemu test-all check bench dist lock clean distclean
+.PHONY: platform compiler guests
 
 PYTHON ?= python3
 export PYTHON
 RUN := .venv/bin/python
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+FAST := tests/unit tests/property tests/seccomp
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -28,10 +31,15 @@ setup-dev: .venv/.installed-dev ## install what working on the project needs
 demo: platform .venv/.installed-run ## migrate one virtual device into another and compare them
 	@.venv/bin/vfiomig demo $(DEMO_ARGS)
 
-test: platform compiler .venv/.installed-test ## run the tests
-	@$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+test: platform compiler .venv/.installed-test ## run the tests that need nothing but this machine
+	@$(PYTEST) $(FAST)
 
-test-all: test ## run every test that this machine can run
+test-qemu: platform guests ## run the tests with guests under QEMU, which is fetched
+	@$(PYTEST) tests/qemu
+
+# One run of pytest, so that its summary is about everything.
+test-all: platform compiler guests ## run every test that this machine can run
+	@$(PYTEST) $(FAST) tests/qemu
 
 check: .venv/.installed-dev ## lint, formatting and types
 	@$(RUN) -m ruff check .
@@ -53,6 +61,10 @@ clean: ## remove what building and testing left
 
 distclean: clean ## remove .venv as well
 	@rm -rf .venv
+
+# Before the tests, which have a deadline each; nothing is done when all is there.
+guests: .venv/.installed-test
+	@$(RUN) -m vmtest fetch >/dev/null
 
 platform compiler:
 	@sh tools/prerequisites.sh $@
