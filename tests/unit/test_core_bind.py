@@ -15,7 +15,6 @@ from in_process import (
     OTHER,
     PAGE,
     V6,
-    Answer,
     Caller,
     Pages,
     Program,
@@ -23,6 +22,7 @@ from in_process import (
     in_thread,
     wait_until,
 )
+from iommu_requests import FIXED, READABLE, U64_MAX, WRITABLE, Iommu, words
 from vfiomig.abi import iommufd as abi
 from vfiomig.abi import vfio
 from vfiomig.core.vfio_device import VfioDevice
@@ -33,59 +33,10 @@ from vfiomig.iommu.space import ALLOWED
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vfiomig.abi.uapi import UapiStruct
-    from vfiomig.core.iommufd import Iommufd
 
 BIND = vfio.VFIO_DEVICE_BIND_IOMMUFD
 ATTACH = vfio.VFIO_DEVICE_ATTACH_IOMMUFD_PT
 DETACH = vfio.VFIO_DEVICE_DETACH_IOMMUFD_PT
-FIXED, WRITABLE, READABLE = 1, 2, 4
-U64_MAX = (1 << 64) - 1
-
-
-def words(*numbers: int) -> bytes:
-    return b"".join((number & 0xFFFF_FFFF).to_bytes(4, "little") for number in numbers)
-
-
-class Iommu:
-    """An open of /dev/iommu and its caller."""
-
-    def __init__(self, caller: Caller | None = None) -> None:
-        self.caller = caller or Caller()
-        context = self.caller.iommufds[IOMMUFD]
-        assert context is not None
-        self.context: Iommufd = context
-
-    def at(self, number: int, address: int) -> int:
-        try:
-            return self.context.ioctl(number, address, self.caller)
-        except OSError as failure:
-            return failure.errno or -1
-
-    def ioctl(self, number: int, argument: UapiStruct | bytes) -> Answer:
-        memory = ctypes.create_string_buffer(bytes(argument))
-        result = self.at(number, ctypes.addressof(memory))
-        return Answer(result, memory.raw[: len(bytes(argument))])
-
-    def alloc(self) -> int:
-        answer = self.ioctl(abi.IOMMU_IOAS_ALLOC, abi.IoasAlloc(size=12))
-        assert answer.errno == 0
-        return abi.IoasAlloc.parse(answer.data).out_ioas_id
-
-    def map(self, ioas: int, address: int, **more: int) -> tuple[int, int]:
-        members = {"size": 40, "flags": FIXED | WRITABLE | READABLE, "length": PAGE, **more}
-        answer = self.ioctl(
-            abi.IOMMU_IOAS_MAP, abi.IoasMap(ioas_id=ioas, user_va=address, **members)
-        )
-        return answer.errno, abi.IoasMap.parse(answer.data).iova
-
-    def unmap(self, ioas: int, iova: int, length: int) -> tuple[int, int]:
-        argument = abi.IoasUnmap(size=24, ioas_id=ioas, iova=iova, length=length)
-        answer = self.ioctl(abi.IOMMU_IOAS_UNMAP, argument)
-        return answer.errno, abi.IoasUnmap.parse(answer.data).length
-
-    def destroy(self, number: int) -> int:
-        return self.ioctl(abi.IOMMU_DESTROY, abi.IommuDestroy(size=8, id=number)).errno
 
 
 @pytest.fixture

@@ -269,6 +269,30 @@ def test_a_mark_of_nothing_marks_nothing() -> None:
     assert not any(log.report(0, PAGE, PAGE))
 
 
+def test_a_mark_that_begins_where_one_is_already_is_marked_to_its_end() -> None:
+    log = DirtyLog([(0, 8 * PAGE)])
+    log.mark(PAGE, 1)
+    log.mark(PAGE + 5, 1)
+    log.mark(2 * PAGE - 1, 2 * PAGE)
+    assert log.report(0, 8 * PAGE, PAGE)[0] == 0b1110
+
+
+def test_what_is_forgotten_is_not_told_and_the_rest_is() -> None:
+    log = DirtyLog([(0, 8 * PAGE)])
+    log.mark(0, 5 * PAGE)
+    log.forget(PAGE, 2 * PAGE)
+    log.forget(4 * PAGE, 1 << 40)
+    assert log.report(0, 8 * PAGE, PAGE)[0] == 0b1001
+
+
+def test_a_report_that_clears_nothing_is_told_again() -> None:
+    log, memory = DirtyLog([(0, 8 * PAGE)]), Memory(64)
+    log.mark(PAGE, 1)
+    log.report_into(0, 8 * PAGE, PAGE, memory, 8, clear=False)
+    assert memory.data[8] == 2
+    assert log.report(0, 8 * PAGE, PAGE)[0] == 2
+
+
 def test_only_words_with_a_bit_are_written() -> None:
     class Counting(Memory):
         def __init__(self, size: int) -> None:

@@ -58,18 +58,22 @@ class Place(NamedTuple):
 class FileMemory:
     """A file that cannot shrink, from ``start`` on; addresses are offsets in the mapping."""
 
-    __slots__ = ("__weakref__", "_map", "_view", "size", "start", "writable")
+    __slots__ = ("__weakref__", "_map", "_size", "_start", "_view", "writable")
 
     def __init__(self, content: mmap.mmap, start: int, *, writable: bool) -> None:
         self._map = content
         self._view = memoryview(content)
-        self.start = start
-        self.size = len(content)
+        self._start = start
+        self._size = len(content)
         self.writable = writable
+
+    def holds(self, offset: int, length: int) -> bool:
+        """Whether that part of the file is mapped here."""
+        return self._start <= offset and offset + length <= self._start + self._size
 
     def address(self, offset: int) -> int:
         """Return where the byte at ``offset`` of the file is."""
-        return offset - self.start
+        return offset - self._start
 
     def read(self, address: int, length: int) -> bytes:
         return self._map[address : address + length]
@@ -87,19 +91,23 @@ class FileMemory:
 class ShrinkingFileMemory(ProgramMemory):
     """A file that may shrink; addresses are those of the mapping in this process."""
 
-    __slots__ = ("_base", "_map", "size", "start", "writable")
+    __slots__ = ("_base", "_map", "_size", "_start", "writable")
 
     def __init__(self, content: mmap.mmap, start: int) -> None:
         super().__init__("self")
         self._map = content
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(content))
-        self.start = start
-        self.size = len(content)
+        self._start = start
+        self._size = len(content)
         self.writable = True
+
+    def holds(self, offset: int, length: int) -> bool:
+        """Whether that part of the file is mapped here."""
+        return self._start <= offset and offset + length <= self._start + self._size
 
     def address(self, offset: int) -> int:
         """Return where the byte at ``offset`` of the file is."""
-        return self._base + offset - self.start
+        return self._base + offset - self._start
 
 
 MappedFile: TypeAlias = FileMemory | ShrinkingFileMemory
@@ -160,7 +168,7 @@ class Backings:
         if writable and _access(fd.fileno()) == os.O_RDONLY:
             raise RequestError(errno.EPERM, "the descriptor is for reading only")
         status = os.fstat(fd.fileno())
-        if offset + length > -(-status.st_size // PAGE) * PAGE:
+        if offset + length > status.st_size:
             raise RequestError(errno.EINVAL, f"the file ends at {status.st_size:#x}")
         path = f"/proc/self/fd/{fd.fileno()}"
         identity = (status.st_dev, status.st_ino)
@@ -185,25 +193,35 @@ class Backings:
         """Map the file with that device and inode, which one of ``paths`` leads to."""
         for key in (identity, (*identity, offset, length)):
             file = self._files.get(key)
-            fits = file is not None and file.start <= offset
-            if file and fits and offset + length <= file.start + file.size:
-                if writable and not file.writable:
-                    raise RequestError(errno.EPERM, "the file may not be written")
-                return Place(file, file.address(offset))
-        for path in paths:
-            with suppress(FileNotFoundError), _open(path, writable=writable) as fd:
-                status = os.fstat(fd.fileno())
-                if (status.st_dev, status.st_ino) != identity:
-                    continue
-                if status.st_size <= WHOLE:
-                    file, key = _map(fd.fileno(), 0, status.st_size), identity
-                else:
-                    file, key = _map(fd.fileno(), offset, length), (*identity, offset, length)
-                self._files[key] = file
-                if offset + length > file.start + file.size:
-                    raise RequestError(errno.EINVAL, f"the file ends at {status.st_size:#x}")
-                return Place(file, file.address(offset))
-        raise RequestError(errno.ENOENT, "nothing leads to the file any more")
+            if file is not None and file.holds(offset, length):
+                break
+        else:
+            key, file = _map_first(paths, identity, offset, length, writable=writable)
+            self._files[key] = file
+        if writable and not file.writable:
+            raise RequestError(errno.EPERM, "the file may not be written")
+        return Place(file, file.address(offset))
+
+
+def _map_first(
+    paths: Iterable[str],
+    identity: tuple[int, ...],
+    offset: int,
+    length: int,
+    *,
+    writable: bool,
+) -> tuple[tuple[int, ...], MappedFile]:
+    """Map the first file that is the right one; return what it is known by as well."""
+    for path in paths:
+        with suppress(FileNotFoundError), _open(path, writable=writable) as fd:
+            status = os.fstat(fd.fileno())
+            if (status.st_dev, status.st_ino) != identity:
+                continue
+            if status.st_size > WHOLE:
+                return (*identity, offset, length), _map(fd.fileno(), offset, length)
+            if offset + length <= status.st_size:
+                return identity, _map(fd.fileno(), 0, status.st_size)
+    raise RequestError(errno.ENOENT, "nothing leads to that part of the file")
 
 
 def shared_file(lines: Iterable[str], address: int, length: int) -> Segment | None:
