@@ -5,6 +5,7 @@ The device does on command what a device does by itself; the program knows nothi
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -442,3 +443,59 @@ def test_in_v6_the_first_open_has_the_pages(tmp_path: Path) -> None:
     """
     devices = served(Interrupter(), dialect=Dialect.V6)
     assert serve(devices, [build(tmp_path, PCI + body)]) == 0
+
+
+class Waiting(Device):
+    """A read of BAR0 waits until BAR1 is written; BAR2 answers at once."""
+
+    bar0 = Region(size=16)
+    bar1 = Region(size=16)
+    bar2 = Region(size=16)
+
+    def __init__(self) -> None:
+        self.written = threading.Semaphore(0)
+
+    @bar0.reader
+    def read_bar0(self, offset: int, length: int) -> bytes:
+        assert self.written.acquire(timeout=20)
+        return bytes(length)
+
+    @bar1.writer
+    def write_bar1(self, offset: int, data: bytes) -> None:
+        self.written.release()
+
+    @bar2.reader
+    def read_bar2(self, offset: int, length: int) -> bytes:
+        return bytes(length)
+
+
+def test_an_access_that_takes_long_does_not_hold_up_other_calls(tmp_path: Path) -> None:
+    body = r"""
+    static void *wait_in_bar0(void *device)
+    {
+        char byte;
+        IS(pread(*(int *)device, &byte, 1, REGION(0)), 1);
+        return NULL;
+    }
+
+    int main(void)
+    {
+        int device = use_device(0);
+        char byte = 0;
+        for (int round = 0; round < 4; round++) {
+            pthread_t threads[3];
+            for (int n = 0; n < 3; n++)
+                CHECK(!pthread_create(&threads[n], NULL, wait_in_bar0, &device));
+            for (int n = 0; n < 1000; n++)
+                IS(pread(device, &byte, 1, REGION(2)), 1);
+            for (int n = 0; n < 3; n++)
+                IS(pwrite(device, &byte, 1, REGION(1)), 1);
+            for (int n = 0; n < 3; n++)
+                CHECK(!pthread_join(threads[n], NULL));
+            if (round == 1)
+                nap(0.5);   /* nobody looks for long calls any more */
+        }
+        return 0;
+    }
+    """
+    assert run(tmp_path, body, Waiting(), "exact") == 0

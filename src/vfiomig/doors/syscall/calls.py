@@ -213,7 +213,7 @@ class Calls:
             else:
                 segments = buffers([(call.args[1], call.args[2])])
             if opened.hooked:
-                turn.pass_on()
+                turn.if_long()
             return _access_region(opened, call.tid, segments, offset, turn, writes=writes)
 
         return handle

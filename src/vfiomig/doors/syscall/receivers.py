@@ -6,6 +6,11 @@ One thread receives, answers, and receives again: nothing is handed from thread 
 it does what may take long it passes the receiver's role on (``Turn.pass_on``) to an idle thread,
 or to a new one if none is idle; when it is done it is idle itself. So calls are always received,
 and there are no more threads than calls were ever under way at once.
+
+Handing the role over costs more than most accesses of a device's registers. Where a call runs a
+device's code that usually returns at once, ``Turn.if_long`` leaves the decision to a further
+thread, which looks every ``LONG`` seconds while there are such calls, and passes the role on for
+one that it meets twice.
 """
 
 from __future__ import annotations
@@ -25,23 +30,34 @@ __all__ = ("Receivers", "Turn")
 
 log = logging.getLogger("vfiomig.doors.syscall")
 
+#: How long a call may keep the role if nobody knows beforehand whether it takes long.
+LONG = 0.002
+#: After so many looks without such a call the looking pauses.
+QUIET_LOOKS = 100
+
 
 class Turn:
     """What the thread that received a call needs while it answers it."""
 
-    __slots__ = ("_receivers", "line", "passed_on")
+    __slots__ = ("_receivers", "line", "passed_on", "watched")
 
     def __init__(self, receivers: Receivers) -> None:
         self._receivers = receivers
         self.passed_on = False
+        self.watched = False
         #: What the trace is going to say of the call.
         self.line: Line | None = None
 
     def pass_on(self) -> None:
         """Let another thread receive: this call may take long."""
         if not self.passed_on:
-            self.passed_on = True
-            self._receivers.receive_elsewhere()
+            self._receivers.pass_on(self)
+
+    def if_long(self) -> None:
+        """Have another thread receive if this call does not end soon."""
+        if not self.passed_on:
+            self.watched = True
+            self._receivers.watch(self)
 
 
 class Receivers:
@@ -55,20 +71,72 @@ class Receivers:
         self._idle = 0
         self._role = threading.Semaphore(0)
         self._over = False
+        self._watched: Turn | None = None
+        self._watches = 0
+        self._resting = True
+        self._roused = threading.Event()
+        self._watcher = threading.Thread(target=self._look, name="vfiomig-long", daemon=True)
         #: What ended the receiving before the program's end.
         self.failure: BaseException | None = None
 
     def receive_elsewhere(self) -> None:
         """Have another thread receive; start one if none is idle."""
         with self._lock:
-            if self._idle:
-                self._idle -= 1
-                self._role.release()
-                return
-            # Daemons: one that is stuck in a device's hook must not hold up the exit.
-            thread = threading.Thread(target=self._run, name="vfiomig-door", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            self._receive_elsewhere_locked()
+
+    def pass_on(self, turn: Turn) -> None:
+        """Take the role from ``turn``, unless that has happened."""
+        with self._lock:
+            if self._watched is turn:
+                self._watched = None
+            if not turn.passed_on:
+                turn.passed_on = True
+                self._receive_elsewhere_locked()
+
+    def watch(self, turn: Turn) -> None:
+        """Pass the role of ``turn`` on if it is still at its call in a while."""
+        self._watches += 1
+        self._watched = turn
+        if self._resting:  # looked at after the turn is there, as the watcher does the reverse
+            if self._watcher.ident is None:
+                self._watcher.start()
+            self._roused.set()
+
+    def _receive_elsewhere_locked(self) -> None:
+        if self._idle:
+            self._idle -= 1
+            self._role.release()
+            return
+        # Daemons: one that is stuck in a device's hook must not hold up the exit.
+        thread = threading.Thread(target=self._run, name="vfiomig-door", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _look(self) -> None:
+        seen: Turn | None = None
+        watches = quiet = 0
+        while not self._over:
+            if quiet > QUIET_LOOKS:
+                self._resting = True
+                if self._watched is None:
+                    self._roused.wait()
+                self._roused.clear()
+                quiet = 0
+            self._resting = False
+            time.sleep(LONG)
+            quiet = quiet + 1 if self._watches == watches else 0
+            watches = self._watches
+            turn = self._watched
+            if turn is not None and turn is seen:
+                self._pass_on_watched(turn)
+            seen = turn
+
+    def _pass_on_watched(self, turn: Turn) -> None:
+        with self._lock:
+            if self._watched is turn:  # else its call has ended meanwhile
+                self._watched = None
+                turn.passed_on = True
+                self._receive_elsewhere_locked()
 
     def finish(self, deadline: float) -> bool:
         """Wait until ``deadline`` (monotonic) for the calls under way; ``False``: some still are.
@@ -78,6 +146,8 @@ class Receivers:
         self._end()
         with self._lock:
             threads = list(self._threads)
+            if self._watcher.ident is not None:
+                threads.append(self._watcher)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in threads)
@@ -97,6 +167,10 @@ class Receivers:
         while (call := receive()) is not None:
             turn = Turn(self)
             self._answer(call, turn)
+            if turn.watched:
+                with self._lock:
+                    if self._watched is turn:
+                        self._watched = None
             if turn.passed_on:
                 with self._lock:
                     self._idle += 1
@@ -106,6 +180,7 @@ class Receivers:
 
     def _end(self) -> None:
         self._over = True
+        self._roused.set()
         with self._lock:
             for _ in self._threads:
                 self._role.release()
