@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 __all__ = ("Guest", "Outcome")
 
 _END_TIMEOUT_S: Final = 10
+#: Of what QEMU and the console said, in errors: enough for a panic with its trace.
+_TAIL: Final = 6000
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class Guest:
             raise self._ended("the guest does not boot") from None
         except GuestTimeout:
             raise GuestTimeout(
-                f"the guest has not booted after {timeout} s; its console: {self.console[-2000:]}"
+                f"the guest has not booted after {timeout} s; its console: {self.console[-_TAIL:]}"
             ) from None
 
     def run(self, command: str, *, timeout: float = 30) -> Outcome:
@@ -137,7 +139,7 @@ class Guest:
             raise self._ended(f"the guest ended during {command!r}") from None
         except GuestTimeout:
             raise GuestTimeout(
-                f"{command!r} took longer than {timeout} s; the console: {self.console[-2000:]}"
+                f"{command!r} took longer than {timeout} s; the console: {self.console[-_TAIL:]}"
             ) from None
         return Outcome(int(found[1]), output)
 
@@ -213,7 +215,7 @@ class Guest:
             code = f"exit code {self.wait(timeout=_END_TIMEOUT_S)}"
         except GuestTimeout:
             code = "it still runs"
-        return GuestEnded(f"{what}: {code}\n{self.said[-2000:]}{self.console[-2000:]}".rstrip())
+        return GuestEnded(f"{what}: {code}\n{self.said[-_TAIL:]}{self.console[-_TAIL:]}".rstrip())
 
 
 def _start(command: list[str], said: int, fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
