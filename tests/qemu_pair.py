@@ -1,0 +1,140 @@
+"""Two QEMUs behind ``vfiomig run``, and what their devices and traces tell afterwards.
+
+Theory of operation
+-------------------
+Nothing runs in the guests but firmware, so a test is over in a second or two. What QEMU asked of
+the devices is read from the trace, what became of their state from the notes that a
+``devices/witnessed.py`` leaves. Both are complete, and the list of states exact, when
+:meth:`VfioGuest.finish` has seen QEMU's end; what QEMU does on its way out is part of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from vmtest.errors import GuestTimeout
+from vmtest.guest import Guest
+from vmtest.qemu import Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ("SWITCH_AT_ONCE", "VfioGuest", "pair", "witnessed")
+
+HERE: Final = Path(__file__).parent
+DEVICE: Final = HERE / "devices" / "witnessed.py"
+_SET_STATE: Final = re.compile(r"VFIO_DEVICE_FEATURE\(SET MIG_DEVICE_STATE (\w+)\)")
+_FEATURE: Final = re.compile(r"VFIO_DEVICE_FEATURE\((.*)\)")
+_RESET: Final = "VFIO_DEVICE_RESET()"
+_POLL_S: Final = 0.01
+
+#: An idle machine sends too little for QEMU to measure a bandwidth, and would never switch over.
+SWITCH_AT_ONCE: Final = {"avail-switchover-bandwidth": 1 << 30}
+
+
+def witnessed(**keys: object) -> str:
+    """Return all of a device's SPEC but its notes."""
+    return ",".join([f"{DEVICE}:Witnessed", *(f"{key}={value}" for key, value in keys.items())])
+
+
+class VfioGuest(Guest):
+    """A machine with devices written in Python, and nothing but firmware."""
+
+    def __init__(
+        self, qemu: Path, folder: Path, name: str, specs: Sequence[str], *, incoming: bool
+    ) -> None:
+        self._trace = folder / f"{name}.trace"
+        self._notes = [folder / f"{name}.notes{number}" for number in range(len(specs))]
+        devices = [
+            word
+            for spec, notes in zip(specs, self._notes, strict=True)
+            for word in ("--device", f"{spec},notes={notes}")
+        ]
+        launcher = [
+            *("env", f"PYTHONPATH={HERE.parent / 'src'}"),
+            *(sys.executable, "-B", "-m", "vfiomig", "run", "--filter", "fast", *devices),
+            *("--trace", str(self._trace), "--trace-format", "json", "--"),
+        ]
+        extra = ["-object", "iommufd,id=iommufd0,fd={iommu}"]
+        for number in range(len(specs)):
+            options = f"id=v{number},fd={{dev{number}}},iommufd=iommufd0"
+            extra += ["-device", f"vfio-pci,{options}"]
+        machine = Machine(memory_mib=64, extra=tuple(extra), incoming=incoming)
+        super().__init__(qemu, machine, launcher=launcher)
+
+    @property
+    def status(self) -> str:
+        """What QEMU says of its machine: running, postmigrate and so on."""
+        status: str = self.qmp.execute("query-status")["status"]
+        return status
+
+    def finish(self) -> int:
+        """Have QEMU quit, and return the exit code."""
+        self.qmp.execute("quit")
+        return self.wait()
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Return the lines of the trace so far; the last one may be on its way."""
+        lines = self._trace.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def states(self) -> list[tuple[str, str]]:
+        """Return whom QEMU asked for which state, in order."""
+        rows = ((row["on"], _SET_STATE.fullmatch(row["request"])) for row in self.requests())
+        return [(on, found[1]) for on, found in rows if found]
+
+    def states_of(self, number: int) -> list[str]:
+        """Return the states that QEMU asked one device for."""
+        return [state for on, state in self.states() if on == f"vfio{number}"]
+
+    def features(self, number: int) -> list[str]:
+        """Return every VFIO_DEVICE_FEATURE of one device, as ``SET DMA_LOGGING_START``."""
+        return [words for words, _ in self._features(number)]
+
+    def failures(self, number: int) -> list[tuple[str, str]]:
+        """Return every VFIO_DEVICE_FEATURE of one device that failed, with its errno."""
+        return [(words, error) for words, error in self._features(number) if error]
+
+    def resets(self, number: int) -> int:
+        """Return how often QEMU has reset one device."""
+        rows = self.requests()
+        return sum((row["on"], row["request"]) == (f"vfio{number}", _RESET) for row in rows)
+
+    def _features(self, number: int) -> list[tuple[str, str]]:
+        rows = [row for row in self.requests() if row["on"] == f"vfio{number}"]
+        found = ((_FEATURE.fullmatch(row["request"]), row["errno"]) for row in rows)
+        return [(match[1], error) for match, error in found if match]
+
+    def wait_request(self, on: str, error: str, *, timeout: float = 10) -> None:
+        """Wait until a request on ``on`` was answered with ``error``."""
+        deadline = time.monotonic() + timeout
+        while not any(row["on"] == on and row["errno"] == error for row in self.requests()):
+            if time.monotonic() > deadline:
+                raise GuestTimeout(f"{on} has answered no request with {error} in {timeout} s")
+            time.sleep(_POLL_S)
+
+    def notes(self, number: int) -> list[list[str]]:
+        """Return what one device noted, each line as its words."""
+        return [line.split() for line in self._notes[number].read_text().splitlines()]
+
+    def digest(self, number: int, word: str) -> str:
+        """Return the digest that one device noted last with ``word``."""
+        return [note[1] for note in self.notes(number) if note[0] == word][-1]
+
+
+@contextmanager
+def pair(
+    qemu: Path, folder: Path, source: Sequence[str], target: Sequence[str]
+) -> Iterator[tuple[VfioGuest, VfioGuest]]:
+    """Run a source and a target with a device for each SPEC."""
+    with (
+        VfioGuest(qemu, folder, "source", source, incoming=False) as leaving,
+        VfioGuest(qemu, folder, "target", target, incoming=True) as arriving,
+    ):
+        yield leaving, arriving
