@@ -4,7 +4,8 @@ Theory of operation
 -------------------
 BAR 4 holds the structures that the vendor capabilities name, each in a page of its own: common
 configuration, ISR status, the device's configuration, notifications, and MSI-X. There is no
-legacy interface.
+legacy interface, and no window onto the BAR in configuration space (VIRTIO_PCI_CAP_PCI_CFG), which
+is for firmware that cannot reach a BAR.
 
 A notification kicks the ``Worker``, whose work is: carry out a reset that the driver has asked
 for, else answer what waits in the queues, some requests at a time. A request that is taken is
