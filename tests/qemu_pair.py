@@ -31,7 +31,6 @@ HERE: Final = Path(__file__).parent
 DEVICE: Final = HERE / "devices" / "witnessed.py"
 _SET_STATE: Final = re.compile(r"VFIO_DEVICE_FEATURE\(SET MIG_DEVICE_STATE (\w+)\)")
 _FEATURE: Final = re.compile(r"VFIO_DEVICE_FEATURE\((.*)\)")
-_RESET: Final = "VFIO_DEVICE_RESET()"
 _POLL_S: Final = 0.01
 
 #: An idle machine sends too little for QEMU to measure a bandwidth, and would never switch over.
@@ -47,8 +46,16 @@ class VfioGuest(Guest):
     """A machine with devices written in Python, and nothing but firmware."""
 
     def __init__(
-        self, qemu: Path, folder: Path, name: str, specs: Sequence[str], *, incoming: bool
+        self,
+        qemu: Path,
+        folder: Path,
+        name: str,
+        specs: Sequence[str],
+        *,
+        incoming: bool,
+        options: str = "",
     ) -> None:
+        """Start it; ``options`` go to every vfio-pci, each with a comma in front."""
         self._trace = folder / f"{name}.trace"
         self._notes = [folder / f"{name}.notes{number}" for number in range(len(specs))]
         devices = [
@@ -63,8 +70,8 @@ class VfioGuest(Guest):
         ]
         extra = ["-object", "iommufd,id=iommufd0,fd={iommu}"]
         for number in range(len(specs)):
-            options = f"id=v{number},fd={{dev{number}}},iommufd=iommufd0"
-            extra += ["-device", f"vfio-pci,{options}"]
+            own = f"id=v{number},fd={{dev{number}}},iommufd=iommufd0"
+            extra += ["-device", f"vfio-pci,{own}{options}"]
         machine = Machine(memory_mib=64, extra=tuple(extra), incoming=incoming)
         super().__init__(qemu, machine, launcher=launcher)
 
@@ -93,6 +100,10 @@ class VfioGuest(Guest):
         """Return the states that QEMU asked one device for."""
         return [state for on, state in self.states() if on == f"vfio{number}"]
 
+    def requests_on(self, label: str) -> list[str]:
+        """Return the requests on what the trace calls ``label``: vfio0, iommu, vfio0:saving."""
+        return [row["request"] for row in self.requests() if row["on"] == label]
+
     def features(self, number: int) -> list[str]:
         """Return every VFIO_DEVICE_FEATURE of one device, as ``SET DMA_LOGGING_START``."""
         return [words for words, _ in self._features(number)]
@@ -103,8 +114,7 @@ class VfioGuest(Guest):
 
     def resets(self, number: int) -> int:
         """Return how often QEMU has reset one device."""
-        rows = self.requests()
-        return sum((row["on"], row["request"]) == (f"vfio{number}", _RESET) for row in rows)
+        return self.requests_on(f"vfio{number}").count("VFIO_DEVICE_RESET()")
 
     def _features(self, number: int) -> list[tuple[str, str]]:
         rows = [row for row in self.requests() if row["on"] == f"vfio{number}"]
@@ -130,11 +140,11 @@ class VfioGuest(Guest):
 
 @contextmanager
 def pair(
-    qemu: Path, folder: Path, source: Sequence[str], target: Sequence[str]
+    qemu: Path, folder: Path, source: Sequence[str], target: Sequence[str], options: str = ""
 ) -> Iterator[tuple[VfioGuest, VfioGuest]]:
-    """Run a source and a target with a device for each SPEC."""
+    """Run a source and a target with a device for each SPEC, and ``options`` for vfio-pci."""
     with (
-        VfioGuest(qemu, folder, "source", source, incoming=False) as leaving,
-        VfioGuest(qemu, folder, "target", target, incoming=True) as arriving,
+        VfioGuest(qemu, folder, "source", source, incoming=False, options=options) as leaving,
+        VfioGuest(qemu, folder, "target", target, incoming=True, options=options) as arriving,
     ):
         yield leaving, arriving

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SIZE = 4 << 20
 SOURCE_SEED, TARGET_SEED = 1, 101
+#: Bytes that the source's device rewrites per second, so that its content is its own.
+DIRTY = 256 << 10
 
 # What QEMU 10 asks for, by capability set, in the order of the whole migration.
 SOURCE_STATES = {
@@ -88,7 +90,7 @@ def assert_logged_dma(source: VfioGuest, number: int) -> None:
 def test_a_machine_arrives_by_the_states_of_its_capability_set(
     parts: GuestParts, tmp_path: Path, caps: str, count: int
 ) -> None:
-    leaving = specs(caps, count, seed=SOURCE_SEED, dirty=256 << 10)
+    leaving = specs(caps, count, seed=SOURCE_SEED, dirty=DIRTY)
     arriving = specs(caps, count, seed=TARGET_SEED)
     with pair(parts.qemu, tmp_path, leaving, arriving) as (source, target):
         account = migrate(
@@ -103,6 +105,56 @@ def test_a_machine_arrives_by_the_states_of_its_capability_set(
         assert source.states_of(number) == machine_starts(caps) + SOURCE_STATES[caps]
         assert target.states_of(number) == TARGET_STATES[caps] + machine_stops(caps)
         assert_logged_dma(source, number)
+        assert_arrived(source, target, number)
+
+
+def test_the_iommu_tracks_dirty_memory_where_devices_do_not(
+    parts: GuestParts, tmp_path: Path
+) -> None:
+    leaving, arriving = specs("all", seed=SOURCE_SEED, dirty=DIRTY), specs("all", seed=TARGET_SEED)
+    options = ",x-device-dirty-page-tracking=off"
+    with pair(parts.qemu, tmp_path, leaving, arriving, options) as (source, target):
+        migrate(source.qmp, target.qmp, f"unix:{tmp_path}/link", parameters=SWITCH_AT_ONCE)
+        assert (source.finish(), target.finish()) == (0, 0)
+    asked = source.requests_on("iommu")
+    tracking = asked.index("IOMMU_HWPT_SET_DIRTY_TRACKING()")
+    assert "IOMMU_HWPT_GET_DIRTY_BITMAP()" in asked[tracking:]
+    assert "SET DMA_LOGGING_START" not in source.features(0)
+    assert source.states_of(0) == machine_starts("all") + SOURCE_STATES["all"]
+    assert_arrived(source, target, 0)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "options"),
+    [
+        ({"return-path": True, "switchover-ack": True}, ""),
+        ({"multifd": True}, ""),
+        ({"multifd": True}, ",x-migration-multifd-transfer=on"),
+        (
+            {"multifd": True, "return-path": True, "switchover-ack": True},
+            ",x-migration-multifd-transfer=on,x-device-dirty-page-tracking=off",
+        ),
+    ],
+    ids=["switchover-ack", "multifd", "multifd-transfer", "together"],
+)
+def test_two_devices_arrive_by_every_way_that_qemu_has(
+    parts: GuestParts, tmp_path: Path, capabilities: dict[str, bool], options: str
+) -> None:
+    leaving = specs("all", 2, seed=SOURCE_SEED, dirty=DIRTY)
+    arriving = specs("all", 2, seed=TARGET_SEED)
+    with pair(parts.qemu, tmp_path, leaving, arriving, options) as (source, target):
+        migrate(
+            source.qmp,
+            target.qmp,
+            f"unix:{tmp_path}/link",
+            capabilities=capabilities,
+            parameters=SWITCH_AT_ONCE,
+            timeout=20,
+        )
+        assert (source.finish(), target.finish()) == (0, 0)
+    for number in range(2):
+        assert source.states_of(number) == machine_starts("all") + SOURCE_STATES["all"]
+        assert target.states_of(number) == TARGET_STATES["all"] + machine_stops("all")
         assert_arrived(source, target, number)
 
 
