@@ -16,6 +16,7 @@ zero or by a reset. Offsets, all fields little endian:
 0x14  u8    1: pre-copy has 100 bytes of new initial data (REINIT) and 200 that changed
 0x18  u64   an IOVA: writing it makes the device write 64 bytes of 0xD1 there
 0x20  u32   how that ended: 0, or an errno
+0x28  u64   an IOVA: writing it makes the device read 16 bytes there, to 0x30; 0x20 as above
 0x40  u8    how many arcs were taken since the last clearing by writing 0 here
 0x41  u8[]  the arcs, each as origin * 16 + target
 ====  ====  =================================================================================
@@ -66,13 +67,16 @@ class Commanded(Device):
     @bar0.writer
     def write_bar0(self, offset: int, data: bytes) -> None:
         self._registers[offset : offset + len(data)] = data
-        if offset == 0x18 and len(data) == 8:
-            self._write_memory(int.from_bytes(data, "little"))
+        if offset in {0x18, 0x28} and len(data) == 8:
+            self._access_memory(int.from_bytes(data, "little"), writes=offset == 0x18)
 
-    def _write_memory(self, iova: int) -> None:
+    def _access_memory(self, iova: int, *, writes: bool) -> None:
         result = 0
         try:
-            self.dma.write(iova, b"\xd1" * 64)
+            if writes:
+                self.dma.write(iova, b"\xd1" * 64)
+            else:
+                self._registers[0x30:0x40] = self.dma.read(iova, 16)
         except OSError as failure:
             result = failure.errno or errno.EIO
         self._registers[0x20:0x24] = result.to_bytes(4, "little")

@@ -49,6 +49,8 @@ WAYS = (
     # These calls pass, unless the descriptor's number or an offset tells that they are for us.
     Way("binding, fast", "binding", FEW, ("--filter", "fast"), ("no stream",)),
     Way("DMA logging", "dma_logging", FEW),
+    Way("iommufd", "iommufd", FEW),
+    Way("iommufd, fast", "iommufd", FEW, ("--filter", "fast")),
     Way("landed", "landed", ALL),
     Way("landed, fast", "landed", ALL, ("--filter", "fast")),
     Way("precopy", "precopy", ALL),
@@ -79,7 +81,7 @@ CASES = [
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("programs")
-    names = ("binding", "dma_logging", "landed", "precopy", "sessions", "v6", "matrix")
+    names = ("binding", "dma_logging", "iommufd", "landed", "precopy", "sessions", "v6", "matrix")
     return {name: str(compile_program(name, folder)) for name in names}
 
 
