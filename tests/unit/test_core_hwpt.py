@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from in_process import GET, PAGE, SET, Pages, Program
+from in_process import GET, PAGE, SET, Pages, Program, Scripted
 from iommu_requests import READABLE, U64_MAX, Iommu, words
 from vfiomig.abi import iommufd as abi
 from vfiomig.abi import vfio
@@ -24,6 +24,10 @@ NO_CLEAR = 1
 DEVICE = 1  # the id of the program's device: it is bound first
 BASE = 0x100000
 MIB = 1 << 20
+
+
+class Untracked(Scripted):
+    iommu_dirty_tracking = False
 
 
 class Guest:
@@ -105,9 +109,7 @@ def test_a_page_table_checks_its_argument(
 
 
 def test_an_iommu_that_cannot_track_says_so_and_makes_no_table_that_could() -> None:
-    program = Program(bound=False)
-    program.served.device.dma.iommu_tracks = False
-    program.bind()
+    program = Program(Untracked())
     iommu = Iommu(program.caller)
     ioas = iommu.alloc()
     assert iommu.hwpt(DEVICE, ioas, flags=TRACKING)[0] == errno.EOPNOTSUPP
@@ -117,8 +119,7 @@ def test_an_iommu_that_cannot_track_says_so_and_makes_no_table_that_could() -> N
 
 
 def test_a_device_is_not_attached_to_a_table_that_its_iommu_cannot_serve(guest: Guest) -> None:
-    other = Program(bound=False)
-    other.served.device.dma.iommu_tracks = False
+    other = Program(Untracked(), bound=False)
     other.caller.iommufds = guest.program.caller.iommufds
     assert other.bind().errno == 0
     assert other.ioctl(ATTACH, words(12, 0, guest.table)).errno == errno.EINVAL

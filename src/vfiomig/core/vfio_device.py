@@ -66,7 +66,7 @@ class VfioDevice:
         #: Held while opens come and go, with the hooks that they call.
         self.open_lock = threading.Lock()
         self._log_lock = threading.Lock()
-        device.dma = DmaPort()
+        device.dma = DmaPort(iommu_tracks=device.iommu_dirty_tracking)
 
     def open(self, memory: HasFileno | None = None) -> VfioDeviceFile:
         """Open the device once more.

@@ -87,6 +87,8 @@ class Device:
     poll: bool = True
     #: Can the device log its own DMA writes (VFIO_DEVICE_FEATURE_DMA_LOGGING_START)?
     dma_logging: bool = True
+    #: Can the IOMMU in front of it track them (IOMMU_HWPT_ALLOC_DIRTY_TRACKING)?
+    iommu_dirty_tracking: bool = True
     #: Memory of the program that owns the device, by IOVA; no mapping before it is attached.
     dma: DmaPort
     #: How the device interrupts; heard by nobody while the device is not served.

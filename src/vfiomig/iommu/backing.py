@@ -6,7 +6,9 @@ A guest's memory is, as a rule, a file that its program shares (a memfd, a file 
 hugetlbfs): named to ``IOMMU_IOAS_MAP_FILE``, or found behind the addresses of an
 ``IOMMU_IOAS_MAP``. Such a file is mapped here as well, and an access is a copy inside this process.
 One mapping here serves all mappings of the file; it goes with the last of them. All other memory
-is reached through the program (``memory.ProgramMemory``).
+is reached through the program (``memory.ProgramMemory``). One difference to a kernel is left there,
+which pins pages: where the program maps other memory at an address without unmapping the IOVA
+first, the device sees the new memory, or none.
 
 A file that can shrink would kill this process with SIGBUS at the next touch behind its end. Only a
 memfd that is sealed against that is touched directly; any other file is accessed by system calls

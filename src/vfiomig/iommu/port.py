@@ -38,10 +38,10 @@ class DmaPort:
     catch; what came before the failing byte has been transferred. Any thread may use it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, iommu_tracks: bool = True) -> None:
         self.table: PageTable | None = None
         #: Whether the IOMMU in front of the device can track its writes.
-        self.iommu_tracks = True
+        self.iommu_tracks = iommu_tracks
         #: What the device itself logs its writes in.
         self.logs: tuple[DirtyLog, ...] = ()
 
