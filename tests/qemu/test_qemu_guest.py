@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import select
+import shlex
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vmtest.guest import Guest
+from vmtest.migration import migrate
 from vmtest.qemu import Machine
 
 if TYPE_CHECKING:
@@ -35,6 +37,16 @@ READS = 2000
 LINES = 1500
 STREAM = b"".join(b"%d\n" % number for number in range(1, LINES + 1))
 PATIENCE_S = 20
+#: Writes its number into each block, and notes a block when the disk has acknowledged it.
+WRITER = """
+i=0
+while [ ! -e stop ]; do
+    printf %4096d $i | dd of=/dev/vda oflag=direct iflag=fullblock bs=4k seek=$i 2>/dev/null || exit
+    echo $i >>acknowledged
+    i=$((i + 1))
+done
+echo ended >>acknowledged
+"""
 
 
 class Served:
@@ -228,6 +240,34 @@ def test_a_disk_in_memory_works_elsewhere_and_nothing_is_left_at_the_end(
         assert guest.power_off(42) == 42
         assert "vfiomig" not in guest.said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_guest_that_writes_and_talks_goes_on_after_a_live_migration(
+    parts: GuestParts, tmp_path: Path
+) -> None:
+    specs = ("virtio_blk,size=16M", "mtty")
+    words = vfio_words(len(specs))
+    with Guest(parts.qemu, parts.machine(*words), launcher=launcher(*specs)) as source:
+        source.wait_ready()
+        source.check(f"printf %s {shlex.quote(WRITER)} >writer; sh writer >/dev/null 2>&1 &")
+        source.check("stty -F /dev/ttyS5 115200 raw -echo; while [ ! -s acknowledged ]; do :; done")
+        there = parts.machine(*words, incoming=True)
+        with Guest(parts.qemu, there, launcher=launcher(*specs)) as target:
+            account = migrate(source.qmp, target.qmp, f"unix:{tmp_path}/link")
+            source.kill()
+            assert account["vfio"]["transferred"] > 0
+            before = int(target.check("wc -l <acknowledged"))
+            target.check(
+                "sleep 1; touch stop; until grep -q ended acknowledged; do sleep 0.1; done"
+            )
+            noted = target.check("cat acknowledged").split()[:-1]
+            assert before < len(noted)
+            target.check("echo 3 >/proc/sys/vm/drop_caches")
+            content = target.check(f"dd if=/dev/vda bs=4k count={len(noted)} 2>/dev/null")
+            assert content.split() == noted == [str(number) for number in range(len(noted))]
+            looped = f"exec 4<>/dev/ttyS5; echo on >&4; timeout {PATIENCE_S} head -n 1 <&4"
+            assert target.check(looped) == "on\n"
+            assert target.power_off(3) == 3
 
 
 def test_a_qemu_that_is_killed_ends_the_run_with_the_signals_status(
