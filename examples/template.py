@@ -69,6 +69,8 @@ class Template(Device):
     poll = True
     #: Whether the device can log its DMA. True costs nothing: self.dma does the logging.
     dma_logging = True
+    #: Whether the IOMMU in front of it can track DMA, for programs that prefer that.
+    iommu_dirty_tracking = True
 
     def __init__(self, rings: int = 0) -> None:
         """Parameters are the keys of a SPEC, converted to int, float or bool as annotated."""
