@@ -25,6 +25,7 @@ from in_process import (
 from iommu_requests import FIXED, READABLE, U64_MAX, WRITABLE, Iommu, words
 from vfiomig.abi import iommufd as abi
 from vfiomig.abi import vfio
+from vfiomig.core.iommufd import Iommufd
 from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.errors import DeviceError
 from vfiomig.fsm import State
@@ -470,3 +471,44 @@ def test_the_memory_of_an_attached_device_is_locked_against_destruction_only(pag
     file.release()
     assert set(seen) == {errno.EBUSY}
     assert iommu.destroy(ioas) == 0
+
+
+# Opens by a way that knows no BIND.
+
+
+@pytest.fixture
+def served() -> VfioDevice:
+    return VfioDevice(Scripted())
+
+
+def test_an_open_by_another_way_is_in_use_at_once_and_cannot_be_bound(served: VfioDevice) -> None:
+    file = served.open(in_use=True)
+    assert file.in_use
+    assert served.migration.state() is State.RUNNING
+    with pytest.raises(OSError) as caught:
+        file.bind(Iommufd)
+    assert caught.value.errno == errno.EINVAL
+    file.release()
+    assert not served.users
+
+
+def test_the_character_device_is_busy_while_there_is_an_open_by_another_way(
+    served: VfioDevice,
+) -> None:
+    other, file = served.open(in_use=True), served.open()
+    with pytest.raises(OSError) as caught:
+        file.bind(Iommufd)
+    assert caught.value.errno == errno.EBUSY
+    other.release()
+    assert file.bind(Iommufd) == 1
+    file.release()
+
+
+def test_no_other_way_leads_to_a_device_that_is_bound(served: VfioDevice) -> None:
+    file = served.open()
+    file.bind(Iommufd)
+    with pytest.raises(OSError) as caught:
+        served.open(in_use=True)
+    assert caught.value.errno == errno.EBUSY
+    file.release()
+    served.open(in_use=True).release()

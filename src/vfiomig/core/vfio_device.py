@@ -5,7 +5,8 @@ Theory of operation
 ``VfioDevice`` is there as long as it is served; ``VfioDeviceFile`` is one open file description
 of /dev/vfio/devices/vfioN. In the landed dialect an open is bound to an iommufd before anything
 else, one open at a time, and the device is in use from BIND to the last close of that open. V6
-knows no BIND: there the device is in use while any open exists, and binding is only allowed.
+knows no BIND: there the device is in use while any open exists, and binding is only allowed. Nor
+does whoever comes by another way than the character device, which keeps all others out.
 See ``vfio_device_fops_cdev_open`` and ``vfio_df_ioctl_bind_iommufd`` in the kernel.
 """
 
@@ -68,18 +69,23 @@ class VfioDevice:
         self._log_lock = threading.Lock()
         device.dma = DmaPort(iommu_tracks=device.iommu_dirty_tracking)
 
-    def open(self, memory: HasFileno | None = None) -> VfioDeviceFile:
+    def open(self, memory: HasFileno | None = None, *, in_use: bool = False) -> VfioDeviceFile:
         """Open the device once more.
 
         ``memory`` is a file of ``regions.memory_size`` bytes, all zeros, behind the descriptor
         of this open: there the program finds what it maps. It is borrowed until this returns.
+        ``in_use``: by a way that knows no BIND, a group or a vfio-user socket; the device is in
+        use from here on, and its DMA port is the opener's to attach.
 
         Raises:
-            OSError: what the device's ``start`` refused with (V6; otherwise BIND meets it).
+            OSError: EBUSY if another open is bound (``in_use``); what the device's ``start``
+                refused with (V6 and ``in_use``; otherwise BIND meets it).
         """
-        file = VfioDeviceFile(self, memory)
-        if self.dialect is Dialect.V6:
+        file = VfioDeviceFile(self, memory, binds=not in_use)
+        if in_use or self.dialect is Dialect.V6:
             with self.open_lock:
+                if in_use and self.bound:
+                    raise OSError(errno.EBUSY, "the device is bound through its character device")
                 file.use_locked()
         return file
 
@@ -110,16 +116,16 @@ class VfioDevice:
 class VfioDeviceFile:
     """One open of a device. ``release`` is for its last close."""
 
-    def __init__(self, device: VfioDevice, memory: HasFileno | None = None) -> None:
+    def __init__(
+        self, device: VfioDevice, memory: HasFileno | None = None, *, binds: bool = True
+    ) -> None:
         self.device = device
+        #: Whether it is one of the character device, which alone knows BIND.
+        self.binds = binds
         self.placement = regions.Placement(device.device, memory) if memory is not None else None
         self.binding: bind.Binding | None = None
+        #: Whether requests other than BIND are answered.
         self.in_use = False
-
-    @property
-    def accessible(self) -> bool:
-        """Whether requests other than BIND are answered."""
-        return self.in_use
 
     def ioctl(self, number: int, arg: int, caller: Caller) -> int:
         """Answer a request; raise ``OSError`` with its errno."""
@@ -172,16 +178,19 @@ class VfioDeviceFile:
         """Tie this open to an iommufd; return the device's id there.
 
         Raises:
-            OSError: EINVAL if this open or another one is bound, the errno of ``find_context``
-                or of the device's ``start``.
+            OSError: EINVAL if this open or another one is bound or this one cannot be, the errno
+                of ``find_context`` or of the device's ``start``, EBUSY if the device is in use
+                by another way.
         """
         device = self.device
         with device.open_lock:
-            if self.binding is not None:
-                raise OSError(errno.EINVAL, "this open is bound already")
+            if self.binding is not None or not self.binds:
+                raise OSError(errno.EINVAL, "this open is bound already, or never can be")
             context = find_context()
             if device.bound:
                 raise OSError(errno.EINVAL, "another open is bound")
+            if device.users and device.dialect is Dialect.LANDED:
+                raise OSError(errno.EBUSY, "the device is in use by another way than this one")
             if not self.in_use:
                 self.use_locked()
             device.bound = True

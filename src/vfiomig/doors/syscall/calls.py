@@ -292,7 +292,7 @@ def _access_region(
 ) -> int:
     """Read or write a region; a fault after some bytes leaves them done and counted."""
     if not segments:
-        if not opened.file.accessible:
+        if not opened.file.in_use:
             raise OSError(errno.EINVAL, "the device has not been bound to an iommufd")
         return 0
     memory = ProcessMemory(tid)
