@@ -14,6 +14,7 @@ from vfiomig.models import mtty_stream
 from vfiomig.models.mtty import Mtty
 from vfiomig.models.mtty_stream import HEADER_BYTES, PortState
 from vfiomig.models.pattern import Pattern
+from vfiomig.models.sealed import identity
 from vfiomig.models.uart16550 import FIFO, Registers
 
 if TYPE_CHECKING:
@@ -97,13 +98,13 @@ def test_damage_to_any_byte_is_refused() -> None:
     [
         (lambda: WHOLE + b"\0", "bytes follow"),
         (lambda: stream_of(*[PortState(Registers(), b"", b"", b"")] * 3), "give ports=3"),
-        (lambda: state_of(Pattern(size=40)), "no state of an mtty card"),
+        (lambda: state_of(Pattern(size=40)), "no state of a device 'mtty'"),
         (
-            lambda: sealed(mtty_stream.HEADER.pack(b"VFIOMIG\n", b"pattern", 1, 2)),
-            "no state of an mtty card",
+            lambda: sealed(mtty_stream.HEADER.pack(identity("pattern"), 1, 2)),
+            "no state of a device 'mtty'",
         ),
         (
-            lambda: sealed(mtty_stream.HEADER.pack(mtty_stream.MAGIC, mtty_stream.MODEL, 2, 2)),
+            lambda: sealed(mtty_stream.HEADER.pack(identity("mtty"), 2, 2)),
             "version 2",
         ),
         (

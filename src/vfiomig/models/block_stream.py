@@ -22,23 +22,21 @@ from __future__ import annotations
 
 import re
 import struct
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfiomig.errors import StateRejected
 from vfiomig.models.block_memory import BLOCK, BlockMemory
+from vfiomig.models.sealed import CHECKSUM, identity, read_header, read_sealed, sealed
 
 if TYPE_CHECKING:
     from vfiomig.device import StateReader
 
 __all__ = ("Header", "Loaded", "Outgoing", "load", "pack_header", "pack_record", "pack_tail")
 
-MAGIC: Final = b"VFIOMIG\n"
 VERSION: Final = 1
-HEADER: Final = struct.Struct("<8s16sIIQQ")
+HEADER: Final = struct.Struct("<24sIIQQ")
 RECORD: Final = struct.Struct("<4sII")
-CHECKSUM: Final = struct.Struct("<I")
 BLOCKS: Final = b"BLKS"
 TAIL: Final = b"TAIL"
 HEADER_BYTES: Final = HEADER.size + CHECKSUM.size
@@ -52,9 +50,8 @@ _PENDING_RUN = re.compile(rb"\x01{1,%d}" % RUN)
 
 
 class Header(NamedTuple):
-    """What a state is of."""
+    """What a state is of, beside the model."""
 
-    model: str
     version: int
     block: int
     size: int
@@ -69,24 +66,20 @@ class Loaded(NamedTuple):
 
 
 def pack_header(memory: BlockMemory, model: str, seed: int) -> bytes:
-    return _sealed(HEADER.pack(MAGIC, model.encode(), VERSION, BLOCK, memory.size, seed))
+    return sealed(HEADER.pack(identity(model), VERSION, BLOCK, memory.size, seed))
 
 
 def pack_record(first: int, count: int) -> bytes:
-    return _sealed(RECORD.pack(BLOCKS, first, count))
+    return sealed(RECORD.pack(BLOCKS, first, count))
 
 
 def pack_tail(memory: BlockMemory, bar0: bytes) -> bytes:
     checksums = struct.pack(f"<{memory.blocks}I", *map(memory.checksum, range(memory.blocks)))
-    return _sealed(RECORD.pack(TAIL, 0, memory.blocks)) + _sealed(bar0 + checksums)
+    return sealed(RECORD.pack(TAIL, 0, memory.blocks)) + sealed(bar0 + checksums)
 
 
 def tail_bytes(memory: BlockMemory, bar0: int) -> int:
     return RECORD_BYTES + bar0 + CHECKSUM.size * (memory.blocks + 1)
-
-
-def _sealed(content: bytes) -> bytes:
-    return content + CHECKSUM.pack(zlib.crc32(content))
 
 
 class Outgoing:
@@ -157,7 +150,7 @@ def load(state: StateReader, model: str, memory: BlockMemory, bar0_size: int) ->
     verifier = ThreadPoolExecutor(1, "vfiomig-verify")
     try:
         measured = _read_blocks(state, memory, verifier)
-        content = _read_sealed(state, bar0_size + CHECKSUM.size * memory.blocks, "tail")
+        content = read_sealed(state, bar0_size + CHECKSUM.size * memory.blocks, "tail")
         if state.read(1):
             raise StateRejected("bytes follow the end of the state")
         for future in measured:
@@ -172,14 +165,8 @@ def load(state: StateReader, model: str, memory: BlockMemory, bar0_size: int) ->
 
 
 def _read_header(state: StateReader, model: str, memory: BlockMemory) -> Header:
-    content = _read_exactly(state, HEADER_BYTES, "header")
-    magic, name, *numbers = HEADER.unpack_from(content)
-    if magic != MAGIC:
-        raise StateRejected(f"this is no state of a {model} device: it begins with {magic!r}")
-    if _sealed(content[: HEADER.size]) != content:
-        raise StateRejected("the header of the state is damaged")
-    header = Header(name.rstrip(b"\0").decode(errors="replace"), *numbers)
-    own = Header(model, VERSION, BLOCK, memory.size, header.seed)
+    header = Header(*read_header(state, HEADER, model))
+    own = Header(VERSION, BLOCK, memory.size, header.seed)
     for field, theirs, ours in zip(Header._fields, header, own, strict=True):
         if theirs != ours:
             raise StateRejected(f"the state has {field} {theirs}, this device {ours}")
@@ -193,7 +180,7 @@ def _read_blocks(
     missing = bytearray(b"\1") * memory.blocks
     measured = []
     while True:
-        kind, first, count = RECORD.unpack(_read_sealed(state, RECORD.size, "record"))
+        kind, first, count = RECORD.unpack(read_sealed(state, RECORD.size, "record"))
         end = first + count
         if kind == TAIL and not first and count == memory.blocks:
             break
@@ -209,17 +196,3 @@ def _read_blocks(
     if (block := missing.find(1)) >= 0:
         raise StateRejected(f"the state lacks block {block}")
     return measured
-
-
-def _read_sealed(state: StateReader, size: int, part: str) -> bytes:
-    content = _read_exactly(state, size + CHECKSUM.size, part)
-    if _sealed(content[:size]) != content:
-        raise StateRejected(f"a {part} of the state is damaged")
-    return content[:size]
-
-
-def _read_exactly(state: StateReader, size: int, part: str) -> bytes:
-    content = state.read(size)
-    if len(content) < size:
-        raise StateRejected(f"the state ends in its {part}")
-    return content

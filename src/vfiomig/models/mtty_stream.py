@@ -13,10 +13,10 @@ to: a state that moves on unchanged is framed into the same bytes.
 from __future__ import annotations
 
 import struct
-import zlib
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfiomig.errors import StateRejected
+from vfiomig.models.sealed import CHECKSUM, identity, read_header, read_sealed, sealed
 from vfiomig.models.uart16550 import FIFO, Registers
 
 if TYPE_CHECKING:
@@ -24,15 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ("HEADER_BYTES", "PortState", "load", "pack_header", "pack_port")
 
-MAGIC: Final = b"VFIOMIG\n"
-MODEL: Final = b"mtty".ljust(16, b"\0")
+MODEL: Final = "mtty"
 VERSION: Final = 1
-HEADER: Final = struct.Struct("<8s16sII")
+HEADER: Final = struct.Struct("<24sII")
 PORT: Final = struct.Struct(f"<{len(Registers._fields)}BBBI")
-CHECKSUM: Final = struct.Struct("<I")
 HEADER_BYTES: Final = HEADER.size + CHECKSUM.size
-#: Bytes are read so many at a time: a length that is a lie costs no memory.
-STEP: Final = 64 << 10
 
 
 class PortState(NamedTuple):
@@ -45,19 +41,17 @@ class PortState(NamedTuple):
 
 
 def pack_header(ports: int) -> bytes:
-    return _sealed(HEADER.pack(MAGIC, MODEL, VERSION, ports))
+    return sealed(HEADER.pack(identity(MODEL), VERSION, ports))
 
 
 def pack_port(port: PortState) -> bytes:
     lengths = len(port.rx), len(port.tx), len(port.held)
-    return _sealed(PORT.pack(*port.registers, *lengths)) + _sealed(port.rx + port.tx + port.held)
+    return sealed(PORT.pack(*port.registers, *lengths)) + sealed(port.rx + port.tx + port.held)
 
 
 def load(state: StateReader, ports: int) -> list[PortState]:
     """Read a whole state; may raise ``StateRejected`` only, whatever comes."""
-    magic, model, version, number = HEADER.unpack(_read_sealed(state, HEADER.size, "header"))
-    if (magic, model) != (MAGIC, MODEL):
-        raise StateRejected(f"this is no state of an mtty card: it begins with {magic + model!r}")
+    version, number = read_header(state, HEADER, MODEL)
     if version != VERSION:
         raise StateRejected(f"the state has version {version}, this card reads {VERSION}")
     if number != ports:
@@ -69,33 +63,8 @@ def load(state: StateReader, ports: int) -> list[PortState]:
 
 
 def _read_port(state: StateReader) -> PortState:
-    *registers, rx, tx, held = PORT.unpack(_read_sealed(state, PORT.size, "port"))
+    *registers, rx, tx, held = PORT.unpack(read_sealed(state, PORT.size, "port"))
     if max(rx, tx) > FIFO:
         raise StateRejected(f"a port of the state has {rx} and {tx} bytes in FIFOs of {FIFO}")
-    waiting = _read_sealed(state, rx + tx + held, "port's bytes")
+    waiting = read_sealed(state, rx + tx + held, "port's bytes")
     return PortState(Registers(*registers), waiting[:rx], waiting[rx : rx + tx], waiting[rx + tx :])
-
-
-def _sealed(content: bytes) -> bytes:
-    return content + CHECKSUM.pack(zlib.crc32(content))
-
-
-def _read_sealed(state: StateReader, size: int, part: str) -> bytes:
-    content = _read_exactly(state, size, part)
-    (checksum,) = CHECKSUM.unpack(_read_exactly(state, CHECKSUM.size, part))
-    if zlib.crc32(content) != checksum:
-        raise StateRejected(
-            f"a {part} of the state is damaged, or this is no state of an mtty card"
-        )
-    return content
-
-
-def _read_exactly(state: StateReader, size: int, part: str) -> bytes:
-    pieces = []
-    while size:
-        piece = state.read(min(size, STEP))
-        if not piece:
-            raise StateRejected(f"the state ends in its {part}")
-        pieces.append(piece)
-        size -= len(piece)
-    return b"".join(pieces)

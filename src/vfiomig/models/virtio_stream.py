@@ -19,6 +19,14 @@ import zlib
 from typing import TYPE_CHECKING, Final
 
 from vfiomig.errors import StateRejected
+from vfiomig.models.sealed import (
+    CHECKSUM,
+    identity,
+    read_exactly,
+    read_header,
+    read_sealed,
+    sealed,
+)
 from vfiomig.models.virtio_disk import BLOCK, RUN, FileDisk, MemoryDisk, Unsent
 
 if TYPE_CHECKING:
@@ -28,12 +36,10 @@ if TYPE_CHECKING:
 
 __all__ = ("Outgoing", "load")
 
-MAGIC: Final = b"VFIOMIG\n"
-MODEL: Final = b"virtio_blk"
+MODEL: Final = "virtio_blk"
 VERSION: Final = 1
-HEADER: Final = struct.Struct("<8s16sI8sIQ")
+HEADER: Final = struct.Struct("<24sI8sIQ")
 RECORD: Final = struct.Struct("<4sIII")
-CHECKSUM: Final = struct.Struct("<I")
 BLOCKS: Final = b"BLKS"
 TAIL: Final = b"TAIL"
 HEADER_BYTES: Final = HEADER.size + CHECKSUM.size
@@ -42,15 +48,11 @@ RECORD_BYTES: Final = RECORD.size + CHECKSUM.size
 
 def _header(disk: MemoryDisk | FileDisk) -> bytes:
     kind = b"memory" if isinstance(disk, MemoryDisk) else b"file"
-    return _sealed(HEADER.pack(MAGIC, MODEL, VERSION, kind, BLOCK, disk.size))
+    return sealed(HEADER.pack(identity(MODEL), VERSION, kind, BLOCK, disk.size))
 
 
 def _record(kind: bytes, first: int, count: int, content: Buffer) -> bytes:
-    return _sealed(RECORD.pack(kind, first, count, zlib.crc32(content)))
-
-
-def _sealed(content: bytes) -> bytes:
-    return content + CHECKSUM.pack(zlib.crc32(content))
+    return sealed(RECORD.pack(kind, first, count, zlib.crc32(content)))
 
 
 class Outgoing:
@@ -117,7 +119,7 @@ def load(state: StateReader, disk: MemoryDisk | FileDisk, tail_size: int) -> byt
     if isinstance(disk, MemoryDisk):
         disk.clear()
     while True:
-        kind, first, count, checksum = RECORD.unpack(_read_sealed(state, RECORD.size, "record"))
+        kind, first, count, checksum = RECORD.unpack(read_sealed(state, RECORD.size, "record"))
         if kind == TAIL and not first and count == tail_size:
             break
         if kind != BLOCKS or not isinstance(disk, MemoryDisk):
@@ -129,7 +131,7 @@ def load(state: StateReader, disk: MemoryDisk | FileDisk, tail_size: int) -> byt
             raise StateRejected(f"the state ends in the blocks from {first} on")
         if zlib.crc32(view) != checksum:
             raise StateRejected(f"a block from {first} on is damaged in the state")
-    tail = _read_exactly(state, tail_size, "tail")
+    tail = read_exactly(state, tail_size, "tail")
     if zlib.crc32(tail) != checksum:
         raise StateRejected("the tail of the state is damaged")
     if state.read(1):
@@ -138,9 +140,9 @@ def load(state: StateReader, disk: MemoryDisk | FileDisk, tail_size: int) -> byt
 
 
 def _check_header(state: StateReader, disk: MemoryDisk | FileDisk) -> None:
-    content = _read_sealed(state, HEADER.size, "header")
-    names = ("magic", "model", "version", "kind of disk", "block", "size")
-    theirs, ours = HEADER.unpack(content), HEADER.unpack(_header(disk)[: HEADER.size])
+    names = ("version", "kind of disk", "block", "size")
+    theirs = read_header(state, HEADER, MODEL)
+    _, *ours = HEADER.unpack_from(_header(disk))
     for name, their, our in zip(names, theirs, ours, strict=True):
         if their != our:
             raise StateRejected(f"the state has {name} {_text(their)}, this device {_text(our)}")
@@ -148,17 +150,3 @@ def _check_header(state: StateReader, disk: MemoryDisk | FileDisk) -> None:
 
 def _text(value: bytes | int) -> str:
     return value.rstrip(b"\0").decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _read_sealed(state: StateReader, size: int, part: str) -> bytes:
-    content = _read_exactly(state, size + CHECKSUM.size, part)
-    if _sealed(content[:size]) != content:
-        raise StateRejected(f"a {part} of the state is damaged, or this is no state of {MODEL!r}")
-    return content[:size]
-
-
-def _read_exactly(state: StateReader, size: int, part: str) -> bytes:
-    content = state.read(size)
-    if len(content) < size:
-        raise StateRejected(f"the state ends in its {part}")
-    return content
