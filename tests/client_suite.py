@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import resource
+import select
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import vfiomig
 from vfiomig import Capability, DeviceClient, SessionError, SetStateError, State
+from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.client import dirty_ranges
 from vfiomig.client.local import LocalTransport
@@ -501,6 +504,99 @@ def memory_that_cannot_be_mapped_is_refused(dev: DeviceClient) -> None:
         dev.unmap(0x100000, 8192)
     with raises(errno.EINVAL):
         dev.start_dma_logging([])
+
+
+# Interrupts, and what may be mapped.
+
+
+@contextmanager
+def eventfds(count: int) -> Iterator[list[int]]:
+    numbers = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
+    try:
+        yield numbers
+    finally:
+        for number in numbers:
+            os.close(number)
+
+
+def rung(number: int) -> int:
+    """Return how often an eventfd was signalled since the last look; wait for a first time."""
+    if not select.select([number], [], [], 2)[0]:
+        return 0
+    return os.eventfd_read(number)
+
+
+def silent(number: int) -> bool:
+    return not select.select([number], [], [], 0.05)[0]
+
+
+@case(f"{DEVICES}:Bell")
+def interrupts_are_found_by_index(dev: DeviceClient) -> None:
+    present = dev.interrupts.present
+    assert {index: info.count for index, info in present.items()} == {
+        vfio.VFIO_PCI_INTX_IRQ_INDEX: 1,
+        vfio.VFIO_PCI_MSIX_IRQ_INDEX: 4,
+        vfio.VFIO_PCI_REQ_IRQ_INDEX: 1,
+    }
+    assert present[vfio.VFIO_PCI_MSIX_IRQ_INDEX].flags & vfio.VFIO_IRQ_INFO_EVENTFD
+    with raises(errno.EINVAL):
+        dev.interrupts.info(vfio.VFIO_PCI_NUM_IRQS)
+
+
+@case(f"{DEVICES}:Bell")
+def messages_ring_the_eventfds_that_were_given(dev: DeviceClient) -> None:
+    msix = vfio.VFIO_PCI_MSIX_IRQ_INDEX
+    with eventfds(2) as (first, third):
+        dev.interrupts.enable(msix, [first, None, third])
+        for vector in (0, 1, 2, 2):
+            dev.write_region(0, 1, bytes([vector]))
+        assert (rung(first), rung(third)) == (1, 2)
+        dev.interrupts.trigger(msix, 2)
+        assert rung(third) == 1
+        with raises(errno.EINVAL):
+            dev.interrupts.enable(msix, [first], start=4)
+        with raises(errno.EINVAL):
+            dev.interrupts.enable(vfio.VFIO_PCI_INTX_IRQ_INDEX, [first])
+        dev.interrupts.disable(msix)
+        dev.write_region(0, 1, b"\0")
+        assert silent(first)
+        with raises(errno.EINVAL):
+            dev.interrupts.disable(msix)
+
+
+@case(f"{DEVICES}:Bell")
+def a_pin_that_rang_stays_masked_until_it_is_unmasked(dev: DeviceClient) -> None:
+    intx = vfio.VFIO_PCI_INTX_IRQ_INDEX
+    with eventfds(1) as (line,):
+        dev.interrupts.enable(intx, [line])
+        dev.write_region(0, 0, b"\1")
+        assert rung(line) == 1
+        assert silent(line)
+        dev.interrupts.unmask(intx)
+        assert rung(line) == 1  # its level is high still
+        dev.write_region(0, 0, b"\0")
+        dev.interrupts.unmask(intx)
+        dev.interrupts.mask(intx)
+        dev.write_region(0, 0, b"\1")
+        assert silent(line)
+        dev.reset()
+        with raises(errno.EINVAL):
+            dev.interrupts.unmask(intx)
+
+
+@case(f"{DEVICES}:Bell")
+def what_is_no_eventfd_rings_nothing(dev: DeviceClient) -> None:
+    with open(os.devnull, "rb") as file, raises(errno.EINVAL):
+        dev.interrupts.enable(vfio.VFIO_PCI_MSIX_IRQ_INDEX, [file])
+    with raises(errno.ENOTTY):
+        dev.interrupts.mask(vfio.VFIO_PCI_MSIX_IRQ_INDEX)
+
+
+@case(f"{DEVICES}:Bell")
+def the_parts_of_a_region_that_may_be_mapped_are_told(dev: DeviceClient) -> None:
+    assert dev.mappable(0) == []
+    assert dev.mappable(1) == [(0, 4096), (2 * 4096, 2 * 4096)]
+    assert dev.mappable(7) == []
 
 
 # Recovery.

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from vfiomig import Device, DeviceError, Region, State, StateRejected
+from vfiomig.device import Msix
 from vfiomig.fsm import arcs_of, parse_capabilities
 
 if TYPE_CHECKING:
@@ -106,6 +107,25 @@ class Ring(Device):
     @bar0.writer
     def write_bar0(self, offset: int, data: bytes) -> None:
         self.dma.write(int.from_bytes(data, "little"), b"written by DMA!!")
+
+
+class Bell(Device):
+    """BAR0: byte 0 is the level of INTx, writing byte 1 sends that MSI-X vector.
+
+    BAR1 can be mapped but for its second page, where the MSI-X table and pending bits lie.
+    """
+
+    interrupt_pin = 1
+    pci_capabilities = (Msix(vectors=4, table=(1, 4096), pending=(1, 4096 + 2048)),)
+    bar0 = Region(size=16)
+    bar1 = Region(size=4 * 4096, mapped=((0, 4096), (2 * 4096, 2 * 4096)))
+
+    @bar0.writer
+    def write_bar0(self, offset: int, data: bytes) -> None:
+        if offset == 0:
+            self.interrupts.intx(bool(data[0]))
+        elif offset == 1:
+            self.interrupts.msix(data[0])
 
 
 class Closed(Device):

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 from vfiomig.abi import vfio
 from vfiomig.client import dma
 from vfiomig.client.dialects import Answer, known, state_requests
-from vfiomig.client.requests import GET, SET, Requests
+from vfiomig.client.irqs import Interrupts
+from vfiomig.client.regions import mappable_areas
+from vfiomig.client.requests import GET, SET, Requests, failed
 from vfiomig.client.session import Session
 from vfiomig.client.situations import failed_change
 from vfiomig.client.transport import NO_FD
@@ -71,6 +73,8 @@ class DeviceClient:
         self._session: Session | None = None
         self._open_sessions: set[Session] = set()
         self._memory = dma.AddressSpace(self._requests)
+        #: How the device interrupts this client.
+        self.interrupts = Interrupts(self._requests)
         #: Whether this client started the device's DMA log and has not stopped it.
         self.dma_logging = False
         self._closed = False
@@ -268,6 +272,13 @@ class DeviceClient:
             raise self._failed(f"VFIO_DEVICE_GET_REGION_INFO of {index}", failure) from None
         return region
 
+    def mappable(self, index: int) -> list[tuple[int, int]]:
+        """Return the (offset, size) of each part of a region that may be mapped."""
+        try:
+            return mappable_areas(self._requests, self.region_info(index))
+        except OSError as failure:
+            raise self._failed(f"VFIO_DEVICE_GET_REGION_INFO of {index}", failure) from None
+
     def read_region(self, index: int, offset: int, length: int) -> bytes:
         """Read from a region in one access; fewer bytes at its end."""
         try:
@@ -366,9 +377,7 @@ class DeviceClient:
         return f"{situation.advice} (docs/protocol.md, {situation.clause})"
 
     def _failed(self, what: str, failure: OSError) -> RequestError:
-        number = failure.errno or errno.EIO
-        name = errno.errorcode.get(number, str(number))
-        return RequestError(number, f"{self.name}: {what} failed with {name} ({failure.strerror})")
+        return failed(self.name, what, failure)
 
     def close(self) -> None:
         """Close what is open: the device, its sessions, its iommufd. Once more is harmless."""

@@ -8,15 +8,17 @@ of state, which may have happened by then: ``client.face`` looks first.
 from __future__ import annotations
 
 import ctypes
+import errno
 from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
+from vfiomig.errors import RequestError
 
 if TYPE_CHECKING:
     from vfiomig.abi.uapi import UapiStruct
     from vfiomig.client.transport import Transport
 
-__all__ = ("GET", "PROBE", "SET", "Requests")
+__all__ = ("GET", "PROBE", "SET", "Requests", "failed")
 
 GET = vfio.VFIO_DEVICE_FEATURE_GET
 SET = vfio.VFIO_DEVICE_FEATURE_SET
@@ -68,3 +70,10 @@ class Requests:
         finally:
             if payload is not None:
                 ctypes.memmove(ctypes.addressof(payload), ctypes.addressof(header) + HEADER, size)
+
+
+def failed(name: str, what: str, failure: OSError) -> RequestError:
+    """Make the error that a client raises for a failed request on device ``name``."""
+    number = failure.errno or errno.EIO
+    word = errno.errorcode.get(number, str(number))
+    return RequestError(number, f"{name}: {what} failed with {word} ({failure.strerror})")

@@ -1,0 +1,65 @@
+"""Which parts of a region may be mapped: the sparse areas behind VFIO_DEVICE_GET_REGION_INFO.
+
+The answer is a struct and, where argsz has room for it, a chain of capabilities; each names the
+offset of the next, 0 at the end. What a device's side wrote there is believed only as far as it
+lies inside the buffer.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from vfiomig.abi import vfio
+
+if TYPE_CHECKING:
+    from vfiomig.client.requests import Requests
+
+__all__ = ("mappable_areas",)
+
+INFO, HEADER = vfio.RegionInfo, vfio.InfoCapHeader
+SPARSE, AREA = vfio.RegionInfoCapSparseMmap, vfio.SparseMmapArea
+#: Bytes of capabilities that are worth asking for.
+LIMIT = 1 << 20
+
+
+def mappable_areas(requests: Requests, region: vfio.RegionInfo) -> list[tuple[int, int]]:
+    """Return the (offset, size) of each area; all of the region where nothing more is said.
+
+    Raises:
+        OSError: the request's errno, or EPROTO for capabilities that make no sense.
+    """
+    if not region.flags & vfio.VFIO_REGION_INFO_FLAG_MMAP:
+        return []
+    whole = [(0, region.size)]
+    if not region.flags & vfio.VFIO_REGION_INFO_FLAG_CAPS:
+        return whole
+    if not INFO.SIZE < region.argsz <= LIMIT:
+        raise OSError(errno.EPROTO, f"region {region.index} claims {region.argsz} bytes of info")
+    buffer = bytearray(region.argsz)
+    argument = INFO.from_buffer(buffer)
+    argument.argsz, argument.index = region.argsz, region.index
+    requests.on_device(vfio.VFIO_DEVICE_GET_REGION_INFO, argument)
+    at = argument.cap_offset
+    while at:
+        if at < INFO.SIZE or at + HEADER.SIZE > len(buffer):
+            raise OSError(errno.EPROTO, f"a capability of region {region.index} lies outside")
+        capability = HEADER.parse(memoryview(buffer)[at:])
+        if capability.id == vfio.VFIO_REGION_INFO_CAP_SPARSE_MMAP:
+            return _areas(buffer, at, region)
+        if capability.next and capability.next <= at:
+            raise OSError(errno.EPROTO, f"the capabilities of region {region.index} go in circles")
+        at = capability.next
+    return whole
+
+
+def _areas(buffer: bytearray, at: int, region: vfio.RegionInfo) -> list[tuple[int, int]]:
+    first = at + SPARSE.SIZE
+    count = SPARSE.parse(memoryview(buffer)[at:]).nr_areas if first <= len(buffer) else 0
+    if not count or first + count * AREA.SIZE > len(buffer):
+        raise OSError(errno.EPROTO, f"the sparse areas of region {region.index} are cut off")
+    areas = (AREA.parse(memoryview(buffer)[first + n * AREA.SIZE :]) for n in range(count))
+    found = [(area.offset, area.size) for area in areas]
+    if any(offset + size > region.size for offset, size in found):
+        raise OSError(errno.EPROTO, f"a sparse area leaves region {region.index}")
+    return found
