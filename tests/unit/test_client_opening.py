@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
@@ -91,6 +91,7 @@ class Kernel:
     """A transport whose device knows BIND and the probes only."""
 
     device = 3
+    about: ClassVar[dict[str, str | int | bool]] = {}
 
     def __init__(self, bind: int, probes: tuple[int, int], iommufd_number: int = 4) -> None:
         self.iommufd = iommufd_number

@@ -7,7 +7,7 @@ import errno
 import os
 import signal
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
@@ -33,6 +33,7 @@ class Driver:
 
     device = 3
     iommufd = NO_FD
+    about: ClassVar[dict[str, str | int | bool]] = {}
 
     def __init__(self) -> None:
         self.state = int(State.RUNNING)

@@ -59,6 +59,16 @@ VERBS: Final = (
         ),
     ),
     Verb(
+        "info",
+        "vfiomig.cli.info:info",
+        "Show what a device is and can do.",
+        (
+            "vfiomig info /dev/vfio/devices/vfio0",
+            "vfiomig info model:virtio_blk,size=64M",
+            "vfiomig info model:counter --dialect v6 --json",
+        ),
+    ),
+    Verb(
         "run",
         "vfiomig.cli.run:run",
         "Run a program with VFIO devices written in Python.",

@@ -42,7 +42,7 @@ from vfiomig.fsm import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -78,6 +78,19 @@ class DeviceClient:
         #: Whether this client started the device's DMA log and has not stopped it.
         self.dma_logging = False
         self._closed = False
+
+    @property
+    def about(self) -> Mapping[str, str | int | bool]:
+        """How the device is reached: ``by`` what, and what was negotiated there."""
+        return self._transport.about
+
+    def has_feature(self, index: int, operations: int = 0) -> bool:
+        """Tell whether the device answers a PROBE of this feature and its GET or SET."""
+        try:
+            self._requests.probe(index, operations)
+        except OSError:
+            return False
+        return True
 
     # States.
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from vfiomig.client.transport import NO_FD
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vfiomig.abi.uapi import UapiStruct
     from vfiomig.descriptors import Fd
 
@@ -26,6 +29,8 @@ _ioctl.restype = ctypes.c_int
 
 class KernelTransport:
     """The descriptors of one device: its own, its iommufd's, and data_fds as they come."""
+
+    about: Mapping[str, str | int | bool] = MappingProxyType({"by": "system calls"})
 
     def __init__(self, device: Fd, iommufd: Fd | None) -> None:
         """Take the descriptors over."""

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import threading
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from vfiomig.core.iommufd import Iommufd
@@ -23,7 +24,7 @@ from vfiomig.iommu import Place
 from vfiomig.memory import MemoryFault, ProcessMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from vfiomig.abi.uapi import UapiStruct
     from vfiomig.iommu import Backings
@@ -36,6 +37,8 @@ FIRST = 3
 
 class LocalTransport:
     """One open of ``device``, one iommufd, and the data_fds of its sessions."""
+
+    about: Mapping[str, str | int | bool] = MappingProxyType({"by": "calls in this process"})
 
     def __init__(self, device: VfioDevice, *, nofile: int = 1024) -> None:
         """``nofile`` is what RLIMIT_NOFILE is for a process; no number reaches it.

@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vfiomig.abi.uapi import UapiStruct
 
 __all__ = ("NO_FD", "Transport")
@@ -29,6 +31,10 @@ class Transport(Protocol):
     @property
     def iommufd(self) -> int:
         """The descriptor of the iommufd; ``NO_FD`` where there is none."""
+
+    @property
+    def about(self) -> Mapping[str, str | int | bool]:
+        """How the device is reached, for people: ``by``, and what was negotiated if anything."""
 
     def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
         """Make a request. The argument is read and written in place, after a failure too."""
