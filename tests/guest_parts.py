@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vmtest.qemu import Machine
+from vfiomig.qemu.machine import Machine
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from vmtest.errors import GuestTimeout
-from vmtest.guest import Guest
-from vmtest.qemu import Machine
+from vfiomig.errors import GuestTimeout
+from vfiomig.qemu.guest import Guest
+from vfiomig.qemu.machine import Machine
+from vfiomig.qemu.vfio import run_words, vfio_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -58,21 +58,10 @@ class VfioGuest(Guest):
         """Start it; ``options`` go to every vfio-pci, each with a comma in front."""
         self._trace = folder / f"{name}.trace"
         self._notes = [folder / f"{name}.notes{number}" for number in range(len(specs))]
-        devices = [
-            word
-            for spec, notes in zip(specs, self._notes, strict=True)
-            for word in ("--device", f"{spec},notes={notes}")
-        ]
-        launcher = [
-            *("env", f"PYTHONPATH={HERE.parent / 'src'}"),
-            *(sys.executable, "-B", "-m", "vfiomig", "run", "--filter", "fast", *devices),
-            *("--trace", str(self._trace), "--trace-format", "json", "--"),
-        ]
-        extra = ["-object", "iommufd,id=iommufd0,fd={iommu}"]
-        for number in range(len(specs)):
-            own = f"id=v{number},fd={{dev{number}}},iommufd=iommufd0"
-            extra += ["-device", f"vfio-pci,{own}{options}"]
-        machine = Machine(memory_mib=64, extra=tuple(extra), incoming=incoming)
+        noted = [f"{spec},notes={notes}" for spec, notes in zip(specs, self._notes, strict=True)]
+        launcher = run_words(noted, "--trace", str(self._trace), "--trace-format", "json")
+        extra = tuple(vfio_words(len(specs), options))
+        machine = Machine(memory_mib=64, extra=extra, incoming=incoming)
         super().__init__(qemu, machine, launcher=launcher)
 
     @property

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 from typing import Final
 
-from vmtest.errors import VmtestError
-from vmtest.fetch import GuestFiles, cache_folder, fetch_guest_files, say
-from vmtest.guest import Guest
-from vmtest.initrd import DEFAULT_MODULES, build_initrd
-from vmtest.qemu import DEFAULT_ACCEL, Machine, choose_qemu
+from vfiomig.errors import SpecError, VfioMigError
+from vfiomig.qemu.guest import Guest
+from vfiomig.qemu.initrd import DEFAULT_MODULES, build_initrd
+from vfiomig.qemu.installed import GuestFiles, cache_folder
+from vfiomig.qemu.machine import DEFAULT_ACCEL, Machine
+from vmtest.fetch import choose_qemu, fetch_guest_files, say
 
 #: As env, nice and their like: no exit status of the command itself.
 _OWN_FAILURE: Final = 125
@@ -91,7 +92,7 @@ def _files(options: argparse.Namespace, cache: Path) -> GuestFiles:
     if options.kernel and options.busybox:
         return GuestFiles(options.kernel, options.busybox, options.modules)
     if options.kernel or options.busybox or options.modules:
-        raise VmtestError("--kernel and --busybox go together, --modules with them")
+        raise SpecError("--kernel and --busybox go together, --modules with them")
     return fetch_guest_files(cache)
 
 
@@ -100,7 +101,7 @@ def main() -> int:
     options = _parser().parse_args()
     try:
         return _fetch(options) if options.verb == "fetch" else _boot(options)
-    except VmtestError as error:
+    except VfioMigError as error:
         say(str(error))
         return 2 if options.verb == "fetch" else _OWN_FAILURE
     except KeyboardInterrupt:

@@ -1,25 +1,11 @@
-"""What goes wrong before, in and around a guest."""
+"""What goes wrong before there is a guest."""
 
 from __future__ import annotations
 
-__all__ = ("FetchError", "GuestEnded", "GuestTimeout", "MigrationFailed", "VmtestError")
+from vfiomig.errors import PrerequisiteError
+
+__all__ = ("FetchError",)
 
 
-class VmtestError(Exception):
-    """Base of everything that this package raises on purpose; the message says what to do."""
-
-
-class FetchError(VmtestError):
-    """What a guest is made of cannot be had here."""
-
-
-class GuestEnded(VmtestError):
-    """QEMU ended while somebody waited for the guest."""
-
-
-class GuestTimeout(VmtestError, TimeoutError):
-    """The guest, or QEMU, did not answer in time."""
-
-
-class MigrationFailed(VmtestError):
-    """QEMU gave a migration up; the message has its reason."""
+class FetchError(PrerequisiteError):
+    """What a guest is made of cannot be had here; the message says what to do."""

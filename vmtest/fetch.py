@@ -17,30 +17,38 @@ is given its path.
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
+from vfiomig.errors import PrerequisiteError
+from vfiomig.qemu.installed import (
+    GUEST_SET,
+    PROGRAM,
+    QEMU_SET,
+    cached_guest_files,
+    cached_qemu,
+    find_qemu,
+)
 from vmtest import vmlinux
 from vmtest.errors import FetchError
 from vmtest.packages import Repository, unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ("GuestFiles", "cache_folder", "fetch_guest_files", "fetch_qemu", "say")
+    from vfiomig.qemu.installed import GuestFiles
 
-#: Part of the folders' names: what an older program built is not taken for what this one wants.
-_LAYOUT: Final = 1
+__all__ = ("choose_qemu", "fetch_guest_files", "fetch_qemu", "say")
 
 _LOCK_DEADLINE_S: Final = 900
 _LOCK_POLL_S: Final = 0.2
+
+T = TypeVar("T")
 
 #: Lists that were read less than this long ago, for the other set or before a failure, will do.
 _FRESH_S: Final = 3600
@@ -60,43 +68,24 @@ exec "$here/root/{loader}" --inhibit-cache --library-path "$libraries" --argv0 "
 """
 
 
-@dataclass(frozen=True, slots=True)
-class GuestFiles:
-    """What runs in the guest."""
-
-    kernel: Path
-    busybox: Path
-    #: A folder with ``modules.builtin`` and the modules, compressed or not; None has none.
-    modules: Path | None
-
-
-def cache_folder() -> Path:
-    """Return the folder for what is fetched, which need not exist yet."""
-    if chosen := os.environ.get("VFIOMIG_CACHE"):
-        return Path(chosen).absolute()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).absolute() / "vfiomig"
-    return Path.home() / ".cache/vfiomig"
+def choose_qemu(given: Path | None, cache: Path) -> Path:
+    """Return ``given``, or a QEMU that is there already, or else fetch one."""
+    try:
+        return find_qemu(given, cache)
+    except PrerequisiteError:
+        if given is not None:
+            raise
+        return fetch_qemu(cache)
 
 
 def fetch_qemu(cache: Path) -> Path:
     """Return the program that starts the cache's QEMU, fetching it if it is not there."""
-    folder = cache / f"qemu-{_LAYOUT}"
-    if not folder.exists():
-        with _locked(cache):
-            if not folder.exists():
-                _build_qemu(cache, folder)
-    return folder / "qemu-system-x86_64"
+    return _fetched(cache, cached_qemu, _build_qemu)
 
 
 def fetch_guest_files(cache: Path) -> GuestFiles:
     """Return the cache's kernel, modules and busybox, fetching them if they are not there."""
-    folder = cache / f"guest-{_LAYOUT}"
-    if not folder.exists():
-        with _locked(cache):
-            if not folder.exists():
-                _build_guest_files(cache, folder)
-    return GuestFiles(folder / "kernel", folder / "busybox", folder / "modules")
+    return _fetched(cache, cached_guest_files, _build_guest_files)
 
 
 def say(line: str, *, again: bool = False) -> None:
@@ -108,22 +97,34 @@ def say(line: str, *, again: bool = False) -> None:
         print(f"vmtest: {line}", file=sys.stderr, flush=True)
 
 
-def _build_qemu(cache: Path, folder: Path) -> None:
+def _fetched(cache: Path, look: Callable[[Path], T | None], build: Callable[[Path], None]) -> T:
+    """Return what ``look`` finds in the cache, after ``build`` if it is not there."""
+    there = look(cache)
+    if there is None:
+        with _locked(cache):
+            if look(cache) is None:
+                build(cache)
+            there = look(cache)
+    assert there is not None
+    return there
+
+
+def _build_qemu(cache: Path) -> None:
     repository = _repository(cache)
     archives = _download(repository, "QEMU", repository.closure("qemu-system-x86"))
-    with _under_construction(folder, archives) as new:
+    with _under_construction(cache / QEMU_SET, archives) as new:
         unpack(archives, new / "root")
-        launcher = new / "qemu-system-x86_64"
+        launcher = new / PROGRAM
         launcher.write_text(_LAUNCHER.format(loader=_loader_in(new / "root")))
         launcher.chmod(0o755)
         _prove(launcher)
 
 
-def _build_guest_files(cache: Path, folder: Path) -> None:
+def _build_guest_files(cache: Path) -> None:
     repository = _repository(cache)
     image = repository.kernel_of("linux-image-amd64")
     archives = _download(repository, "a kernel and busybox", [image, "busybox-static"])
-    with _under_construction(folder, archives) as new:
+    with _under_construction(cache / GUEST_SET, archives) as new:
         root = new / "root"
         unpack(archives, root)
         (compressed,) = root.glob("boot/vmlinuz-*")

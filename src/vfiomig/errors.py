@@ -11,7 +11,11 @@
      |   +- SessionError                        ... and it was a read or write of a data_fd
      |   +- TargetError                         ... and the target could not even be opened
      +- DeviceError          (also OSError)     a device hook refuses; its errno reaches the caller
-         +- StateRejected                       load() refuses the state that it was given
+     |   +- StateRejected                       load() refuses the state that it was given
+     +- GuestError                              a guest under QEMU, or its monitor, fails
+         +- GuestEnded                          ... because QEMU ended meanwhile
+         +- GuestTimeout     (also TimeoutError) ... to answer in time
+         +- MigrationFailed                     ... to migrate; QEMU's reason is in the message
 
 Kernel-shaped failures are ``OSError`` as well and carry ``errno``, so code that knows nothing
 of vfiomig handles them like those of a real device.
@@ -29,6 +33,10 @@ if TYPE_CHECKING:
 __all__ = (
     "DeviceError",
     "DoorError",
+    "GuestEnded",
+    "GuestError",
+    "GuestTimeout",
+    "MigrationFailed",
     "PrerequisiteError",
     "RequestError",
     "SessionError",
@@ -106,3 +114,19 @@ class StateRejected(DeviceError):
         self, message: str = "", errno: int = _errno.EINVAL, *, fatal: bool = False
     ) -> None:
         super().__init__(errno, message or "the device refuses this state", fatal=fatal)
+
+
+class GuestError(VfioMigError):
+    """A guest under QEMU, or its monitor, does not do what it was asked for."""
+
+
+class GuestEnded(GuestError):
+    """QEMU ended while somebody waited for the guest."""
+
+
+class GuestTimeout(GuestError, TimeoutError):
+    """The guest, or QEMU, did not answer in time."""
+
+
+class MigrationFailed(GuestError):
+    """QEMU gave a migration up; the message has its reason."""

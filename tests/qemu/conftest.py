@@ -8,15 +8,25 @@ from typing import TYPE_CHECKING
 import pytest
 
 from guest_parts import GuestParts
-from vmtest.fetch import cache_folder, fetch_guest_files
-from vmtest.initrd import build_initrd
-from vmtest.qemu import choose_qemu
+from vfiomig.qemu.initrd import build_initrd
+from vfiomig.qemu.installed import cache_folder
+from vmtest.fetch import choose_qemu, fetch_guest_files
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+SOURCE = Path(__file__).parents[2] / "src"
 #: For a test that does not say it itself; guests are slow when the machine has much to do.
 TIMEOUT_S = 180
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _find_this_package() -> Iterator[None]:
+    """Let what is started import from this checkout."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(SOURCE))
+        environment.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,23 +9,22 @@ import select
 import shlex
 import signal
 import socket
-import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from vmtest.guest import Guest
-from vmtest.migration import migrate
-from vmtest.qemu import Machine
+from vfiomig.qemu.guest import Guest
+from vfiomig.qemu.machine import Machine
+from vfiomig.qemu.migration import migrate
+from vfiomig.qemu.vfio import run_words, vfio_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from guest_parts import GuestParts
 
-SOURCE = Path(__file__).parents[2] / "src"
 SIZE = 64 << 20
 #: In 4 KiB writes, so that there is an interrupt for each.
 BLOCKS = 256
@@ -56,21 +55,6 @@ class Served:
         self.port = folder / "port"
 
 
-def launcher(*specs: str, filter_name: str = "fast") -> list[str]:
-    """Return the words in front of QEMU that give it the devices ``specs``."""
-    devices = [word for spec in specs for word in ("--device", spec)]
-    program = (sys.executable, "-m", "vfiomig", "run", "--filter", filter_name)
-    return ["env", f"PYTHONPATH={SOURCE}", *program, *devices, "--"]
-
-
-def vfio_words(count: int) -> list[str]:
-    """Return QEMU's words for ``count`` devices on descriptors that it inherits."""
-    words = ["-object", "iommufd,id=iommufd0,fd={iommu}"]
-    for number in range(count):
-        words += ["-device", f"vfio-pci,id=v{number},fd={{dev{number}}},iommufd=iommufd0"]
-    return words
-
-
 @pytest.fixture(scope="module")
 def served(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One guest with a disk in a file, and a serial card with a socket and a loopback plug."""
@@ -82,7 +66,7 @@ def served(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Itera
     drive = f"file={folder}/disk,format=raw,if=none,id=own,readonly=on,file.locking=off"
     own = ("-drive", drive, "-device", "virtio-blk-pci,drive=own")
     machine = parts.machine(*vfio_words(len(specs)), *own)
-    with Guest(parts.qemu, machine, launcher=launcher(*specs)) as guest:
+    with Guest(parts.qemu, machine, launcher=run_words(specs)) as guest:
         guest.wait_ready()
         yield Served(guest, folder)
 
@@ -225,7 +209,7 @@ def test_a_disk_in_memory_works_elsewhere_and_nothing_is_left_at_the_end(
         type=machine_type,
         extra=tuple(vfio_words(len(specs))),
     )
-    with Guest(parts.qemu, machine, launcher=launcher(*specs, filter_name=filter_name)) as guest:
+    with Guest(parts.qemu, machine, launcher=run_words(specs, filter_name=filter_name)) as guest:
         guest.wait_ready()
         written, read = guest.check(
             "head -c 1048576 /dev/urandom >sent && sha256sum <sent "
@@ -245,12 +229,12 @@ def test_a_guest_that_writes_and_talks_goes_on_after_a_live_migration(
 ) -> None:
     specs = ("virtio_blk,size=16M", "mtty")
     words = vfio_words(len(specs))
-    with Guest(parts.qemu, parts.machine(*words), launcher=launcher(*specs)) as source:
+    with Guest(parts.qemu, parts.machine(*words), launcher=run_words(specs)) as source:
         source.wait_ready()
         source.check(f"printf %s {shlex.quote(WRITER)} >writer; sh writer >/dev/null 2>&1 &")
         source.check("stty -F /dev/ttyS5 115200 raw -echo; while [ ! -s acknowledged ]; do :; done")
         there = parts.machine(*words, incoming=True)
-        with Guest(parts.qemu, there, launcher=launcher(*specs)) as target:
+        with Guest(parts.qemu, there, launcher=run_words(specs)) as target:
             account = migrate(source.qmp, target.qmp, f"unix:{tmp_path}/link")
             source.kill()
             assert account["vfio"]["transferred"] > 0
@@ -275,7 +259,7 @@ def test_a_qemu_that_is_killed_ends_the_run_with_the_signals_status(
 ) -> None:
     specs = ("virtio_blk", f"mtty,port0=socket:{tmp_path}/port")
     machine = Machine(extra=tuple(vfio_words(len(specs))))
-    with Guest(parts.qemu, machine, launcher=launcher(*specs)) as guest:
+    with Guest(parts.qemu, machine, launcher=run_words(specs)) as guest:
         assert [entry.name for entry in tmp_path.iterdir()] == ["port"]
         os.kill(only_child(guest.pid), signal.SIGKILL)
         assert guest.wait() == 128 + signal.SIGKILL
@@ -285,7 +269,7 @@ def test_a_qemu_that_is_killed_ends_the_run_with_the_signals_status(
 
 def test_qemu_does_not_outlive_a_killed_run(parts: GuestParts) -> None:
     machine = Machine(extra=tuple(vfio_words(1)))
-    with Guest(parts.qemu, machine, launcher=launcher("virtio_blk")) as guest:
+    with Guest(parts.qemu, machine, launcher=run_words(["virtio_blk"])) as guest:
         qemu = os.pidfd_open(only_child(guest.pid))
         try:
             os.kill(guest.pid, signal.SIGKILL)

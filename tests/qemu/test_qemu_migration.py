@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qemu_pair import SWITCH_AT_ONCE, VfioGuest, pair, witnessed
+from vfiomig.errors import MigrationFailed
 from vfiomig.models.pattern import Pattern
-from vmtest.errors import MigrationFailed
-from vmtest.migration import configure, migrate, start_incoming, start_outgoing, wait_settled
+from vfiomig.qemu.migration import configure, migrate, start_incoming, start_outgoing, wait_settled
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -31,6 +31,7 @@ ROOMS = (
     ("models",),
     ("doors",),
     ("client",),
+    ("qemu",),
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmtest.errors import GuestEnded, GuestTimeout, VmtestError
-from vmtest.guest import Guest
-from vmtest.qemu import Machine
+from vfiomig.errors import GuestEnded, GuestError, GuestTimeout
+from vfiomig.qemu.guest import Guest
+from vfiomig.qemu.machine import Machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +64,7 @@ def test_a_command_that_cannot_be_parsed_fails_alone(guest: Guest) -> None:
 
 
 def test_a_failed_check_shows_what_the_command_said(guest: Guest) -> None:
-    with pytest.raises(VmtestError, match=r"ended with 1: cat: can't open '/no/such"):
+    with pytest.raises(GuestError, match=r"ended with 1: cat: can't open '/no/such"):
         guest.check("cat /no/such")
 
 

@@ -1,4 +1,4 @@
-"""vmtest.initrd: an archive that a kernel unpacks, and modules in an order that can be loaded."""
+"""vfiomig.qemu.initrd: an archive that a kernel unpacks, and modules in an order that can be loaded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from vmtest.errors import VmtestError
-from vmtest.fetch import GuestFiles
-from vmtest.initrd import Entry, build_initrd, load_order, write_newc
+from vfiomig.errors import PrerequisiteError
+from vfiomig.qemu.initrd import Entry, build_initrd, load_order, write_newc
+from vfiomig.qemu.installed import GuestFiles
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def test_what_is_built_into_the_kernel_is_not_loaded(modules: Modules) -> None:
 
 def test_a_module_that_is_not_there_is_named(modules: Modules) -> None:
     modules.add("card", "absent")
-    with pytest.raises(VmtestError, match="no module absent"):
+    with pytest.raises(PrerequisiteError, match="no module absent"):
         modules.order("card")
 
 
@@ -146,5 +146,5 @@ def test_without_modules_there_is_nothing_to_load(tmp_path: Path) -> None:
 
 
 def test_the_guests_first_process_is_a_script_that_parses() -> None:
-    script = Path(__file__).parents[2] / "vmtest/guest-init.sh"
+    script = Path(__file__).parents[2] / "src/vfiomig/qemu/guest-init.sh"
     subprocess.run(["sh", "-n", script], check=True, timeout=20)

@@ -10,8 +10,8 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from vmtest.errors import GuestTimeout, VmtestError
-from vmtest.wire import Wire
+from vfiomig.errors import GuestError, GuestTimeout
+from vfiomig.qemu.lines import Lines
 
 if TYPE_CHECKING:
     import socket
@@ -22,7 +22,7 @@ __all__ = ("Qmp", "QmpError")
 Message = dict[str, Any]
 
 
-class QmpError(VmtestError):
+class QmpError(GuestError):
     """QEMU refuses a command; ``kind`` is its class of errors."""
 
     def __init__(self, command: str, error: Message) -> None:
@@ -35,7 +35,7 @@ class Qmp:
 
     def __init__(self, socket_: socket.socket, *, timeout: float = 30) -> None:
         """Take ``socket_`` over, which QEMU serves; nothing is said before :meth:`greet`."""
-        self._wire = Wire(socket_, "QEMU's monitor")
+        self._lines = Lines(socket_, "QEMU's monitor")
         self._timeout = timeout
         #: Events that nobody has taken yet.
         self.events: list[Message] = []
@@ -44,7 +44,7 @@ class Qmp:
         """Wait until QEMU has started, and leave the mode in which it takes no commands."""
         greeting = self._receive(time.monotonic() + self._timeout)
         if "QMP" not in greeting:
-            raise VmtestError(f"this is no QEMU monitor: {greeting}")
+            raise GuestError(f"this is no QEMU monitor: {greeting}")
         self.execute("qmp_capabilities")
 
     def execute(
@@ -66,7 +66,7 @@ class Qmp:
             message["arguments"] = {
                 name.replace("_", "-"): value for name, value in arguments.items()
             }
-        self._wire.send(json.dumps(message).encode() + b"\n", fds, timeout=self._timeout)
+        self._lines.send(json.dumps(message).encode() + b"\n", fds, timeout=self._timeout)
         while True:
             answer = self._receive(deadline)
             if "event" in answer:
@@ -100,9 +100,9 @@ class Qmp:
 
     def close(self) -> None:
         """Close it; once more is harmless."""
-        self._wire.close()
+        self._lines.close()
 
     def _receive(self, deadline: float) -> Message:
-        line = self._wire.line(timeout=deadline - time.monotonic())
+        line = self._lines.line(timeout=deadline - time.monotonic())
         message: Message = json.loads(line)
         return message

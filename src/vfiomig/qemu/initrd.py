@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from vmtest.errors import VmtestError
+from vfiomig.errors import PrerequisiteError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from vmtest.fetch import GuestFiles
+    from vfiomig.qemu.installed import GuestFiles
 
 __all__ = ("DEFAULT_MODULES", "Entry", "build_initrd", "load_order", "write_newc")
 
@@ -101,7 +101,7 @@ def load_order(folder: Path, wanted: Sequence[str]) -> list[Path]:
         if name in ordered or name in builtin:
             return
         if name not in there:
-            raise VmtestError(f"the kernel has no module {name}: see {folder}")
+            raise PrerequisiteError(f"the kernel has no module {name}: see {folder}")
         for needed in _needs(_read_module(there[name])):
             add(needed)
         ordered[name] = there[name]

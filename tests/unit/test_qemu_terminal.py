@@ -1,4 +1,4 @@
-"""vmtest.terminal: what a guest says is found, however it comes, and nothing waits forever."""
+"""vfiomig.qemu.terminal: what a guest says is found, however it comes, and nothing waits forever."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmtest.errors import GuestEnded, GuestTimeout
-from vmtest.terminal import Terminal
+from vfiomig.errors import GuestEnded, GuestTimeout
+from vfiomig.qemu.terminal import Terminal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,14 +54,14 @@ def test_a_match_takes_all_up_to_its_end_and_leaves_the_rest(port: Port) -> None
 
 def test_a_match_may_come_later_and_in_pieces(port: Port) -> None:
     def say_slowly() -> None:
-        for piece in (b"x" * 9000, b"vmt", b"est: re", b"ady\nmore"):
+        for piece in (b"x" * 9000, b"vfio", b"mig: re", b"ady\nmore"):
             time.sleep(0.02)
             port.says(piece)
 
     thread = threading.Thread(target=say_slowly)
     thread.start()
     try:
-        before, _ = port.terminal.take(rb"vmtest: ready\n", timeout=10)
+        before, _ = port.terminal.take(rb"vfiomig: ready\n", timeout=10)
     finally:
         thread.join(timeout=10)
     assert before == b"x" * 9000

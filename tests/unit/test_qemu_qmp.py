@@ -1,4 +1,4 @@
-"""vmtest.qmp and vmtest.wire: messages are lines, however they are cut, and nothing waits forever."""
+"""vfiomig.qemu.qmp and lines: messages are lines, however they are cut, and nothing waits forever."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vmtest.errors import GuestEnded, GuestTimeout, VmtestError
-from vmtest.qmp import Qmp, QmpError
-from vmtest.wire import Wire
+from vfiomig.errors import GuestEnded, GuestError, GuestTimeout
+from vfiomig.qemu.lines import Lines
+from vfiomig.qemu.qmp import Qmp, QmpError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +65,7 @@ def test_a_greeting_is_answered_before_any_command(monitor: Monitor) -> None:
 
 def test_something_else_than_a_monitor_is_refused(monitor: Monitor) -> None:
     monitor.says({"hello": 1})
-    with pytest.raises(VmtestError, match="no QEMU monitor"):
+    with pytest.raises(GuestError, match="no QEMU monitor"):
         monitor.qmp.greet()
 
 
@@ -156,7 +156,7 @@ def test_a_descriptor_goes_with_its_command(monitor: Monitor) -> None:
 
 def test_a_peer_that_does_not_read_is_an_error() -> None:
     here, there = socket.socketpair()
-    wire = Wire(here, "the monitor")
+    wire = Lines(here, "the monitor")
     try:
         with there, pytest.raises(GuestTimeout, match="the monitor does not take"):
             wire.send(b"x" * 10_000_000, timeout=0.2)

@@ -1,22 +1,14 @@
-"""Which QEMU, and the arguments of a machine."""
+"""The arguments of a machine."""
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from vmtest.errors import VmtestError
-from vmtest.fetch import fetch_qemu
+if TYPE_CHECKING:
+    from pathlib import Path
 
-__all__ = ("DEBUG_EXIT_PORT", "DEFAULT_ACCEL", "Machine", "arguments", "choose_qemu", "version_of")
-
-_PROGRAM: Final = "qemu-system-x86_64"
-#: The first with everything that a migratable vfio-pci device on a passed descriptor needs.
-_OLDEST: Final = (10, 0)
+__all__ = ("DEBUG_EXIT_PORT", "DEFAULT_ACCEL", "Machine", "arguments")
 
 DEFAULT_ACCEL: Final = "tcg,thread=multi"
 
@@ -48,37 +40,6 @@ class Machine:
     memory_mib: int = 256
     extra: tuple[str, ...] = ()
     incoming: bool = False
-
-
-def choose_qemu(given: Path | None, cache: Path) -> Path:
-    """Return the QEMU to use: ``given``, or one on the PATH that is new enough, or the cache's."""
-    if given is not None:
-        version = version_of(given)
-        if version < _OLDEST:
-            raise VmtestError(
-                f"{given} is QEMU {version[0]}.{version[1]}: 10.0 or later is needed, "
-                "python -m vmtest fetch has one"
-            )
-        return given
-    found = shutil.which(_PROGRAM)
-    if found is not None and version_of(Path(found)) >= _OLDEST:
-        return Path(found)
-    return fetch_qemu(cache)
-
-
-def version_of(qemu: Path) -> tuple[int, int]:
-    """Return the major and minor version that ``qemu`` says it has."""
-    try:
-        done = subprocess.run(
-            [qemu, "-version"], capture_output=True, text=True, timeout=60, check=False
-        )
-    except OSError as error:
-        raise VmtestError(f"{qemu} cannot be started: {error.strerror}") from None
-    found = re.search(r"^QEMU emulator version (\d+)\.(\d+)", done.stdout)
-    if found is None:
-        said = (done.stdout + done.stderr).strip()
-        raise VmtestError(f"{qemu} does not say that it is a QEMU, but: {said[:200]}")
-    return int(found[1]), int(found[2])
 
 
 def arguments(machine: Machine, *, monitor: int, folder: Path) -> list[str]:

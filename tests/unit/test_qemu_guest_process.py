@@ -1,4 +1,4 @@
-"""vmtest.guest: a process that is started, asked, and always ended; here QEMU is a small program."""
+"""vfiomig.qemu.guest: a process that is started, asked, and always ended; here QEMU is a small program."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from vmtest.errors import GuestEnded, GuestTimeout
-from vmtest.guest import Guest
-from vmtest.qemu import Machine
+from vfiomig.errors import GuestEnded, GuestTimeout
+from vfiomig.qemu.guest import Guest
+from vfiomig.qemu.machine import Machine
 
 #: A QEMU that greets, has a shell of the host's at its second serial port, and ends as that does.
 QEMU = """
@@ -28,7 +28,7 @@ lines.readline()
 say({"return": {}})
 shell = re.search(r"id=shell,path=([^,]*),input-path=(\\S*)", words)
 with open(shell[1], "ab", buffering=0) as said, open(shell[2], "rb", buffering=0) as told:
-    said.write(b"vmtest: ready\\n")
+    said.write(b"vfiomig: ready\\n")
     status = subprocess.run(["sh", "/dev/fd/%d" % told.fileno()], stdin=subprocess.DEVNULL,
                             stdout=said, stderr=said, pass_fds=[told.fileno()]).returncode
 sys.exit(status * 2 + 1)
@@ -43,7 +43,7 @@ def qemu(folder: Path, body: str = QEMU) -> Path:
 
 
 def folders() -> set[Path]:
-    return set(Path(os.environ.get("TMPDIR", "/tmp")).glob("vmtest-*"))
+    return set(Path(os.environ.get("TMPDIR", "/tmp")).glob("vfiomig-guest-*"))
 
 
 def assert_gone(group: int) -> None:
@@ -170,8 +170,8 @@ def test_a_guest_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from vmtest.guest import Guest\n"
-        "from vmtest.qemu import Machine\n"
+        "from vfiomig.qemu.guest import Guest\n"
+        "from vfiomig.qemu.machine import Machine\n"
         f"guest = Guest(Path({str(qemu(tmp_path))!r}), Machine())\n"
         "print(guest.pid, flush=True)\n"
         "time.sleep(60)\n"

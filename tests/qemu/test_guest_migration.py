@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmtest.errors import MigrationFailed
-from vmtest.guest import Guest
-from vmtest.migration import configure, migrate, start_incoming, start_outgoing, wait_settled
+from vfiomig.errors import MigrationFailed
+from vfiomig.qemu.guest import Guest
+from vfiomig.qemu.migration import configure, migrate, start_incoming, start_outgoing, wait_settled
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from vmtest.errors import MigrationFailed
+from vfiomig.errors import MigrationFailed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vmtest.qmp import Qmp
+    from vfiomig.qemu.qmp import Qmp
 
 __all__ = ("configure", "migrate", "start_incoming", "start_outgoing", "wait_settled")
 

@@ -20,7 +20,7 @@ import select
 import time
 from typing import TYPE_CHECKING, Final
 
-from vmtest.errors import GuestEnded, GuestTimeout
+from vfiomig.errors import GuestEnded, GuestTimeout
 
 if TYPE_CHECKING:
     from pathlib import Path

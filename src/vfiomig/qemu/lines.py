@@ -7,17 +7,17 @@ import socket
 import time
 from typing import TYPE_CHECKING, Final
 
-from vmtest.errors import GuestEnded, GuestTimeout
+from vfiomig.errors import GuestEnded, GuestTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ("Wire",)
+__all__ = ("Lines",)
 
 _CHUNK: Final = 65536
 
 
-class Wire:
+class Lines:
     """A byte stream in both directions, with what was received and nobody has taken yet."""
 
     def __init__(self, socket_: socket.socket, name: str) -> None:

@@ -10,7 +10,7 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 while read -r module; do
-    insmod "/modules/$module" || echo "vmtest: $module is not loaded"
+    insmod "/modules/$module" || echo "vfiomig: $module is not loaded"
 done </modules/order
 
 # Open from here to the end: at each first opening the driver throws received bytes away.
@@ -18,7 +18,7 @@ exec 3<>/dev/ttyS1
 # Bytes as they are: no echo, no line editing, no carriage returns.
 stty raw -echo <&3
 cd /tmp
-echo 'vmtest: ready' >&3
+echo 'vfiomig: ready' >&3
 # As a script, so that it neither prompts nor echoes.
 sh /dev/ttyS1 </dev/null >&3 2>&1 3<&-
 status=$?

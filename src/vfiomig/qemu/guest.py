@@ -29,17 +29,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from vmtest.errors import GuestEnded, GuestTimeout, VmtestError
-from vmtest.qemu import arguments
-from vmtest.qmp import Qmp
-from vmtest.terminal import Terminal
+from vfiomig.errors import GuestEnded, GuestError, GuestTimeout, PrerequisiteError
+from vfiomig.qemu.machine import arguments
+from vfiomig.qemu.qmp import Qmp
+from vfiomig.qemu.terminal import Terminal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
     from typing import Self
 
-    from vmtest.qemu import Machine
+    from vfiomig.qemu.machine import Machine
 
 __all__ = ("Guest", "Outcome")
 
@@ -72,7 +72,7 @@ class Guest:
         The launcher must pass on the descriptors that it inherits and QEMU's exit status.
         ``pass_fds`` are inherited too, under their numbers.
         """
-        self._folder = Path(tempfile.mkdtemp(prefix="vmtest-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="vfiomig-guest-"))
         self._console = self._folder / "console"
         self._said = self._folder / "qemu"
         self._process: subprocess.Popen[bytes] | None = None
@@ -120,7 +120,7 @@ class Guest:
     def wait_ready(self, *, timeout: float = 60) -> None:
         """Wait until the guest's shell takes commands."""
         try:
-            self.shell.expect(rb"vmtest: ready\n", timeout=timeout)
+            self.shell.expect(rb"vfiomig: ready\n", timeout=timeout)
         except GuestEnded:
             raise self._ended("the guest does not boot") from None
         except GuestTimeout:
@@ -130,7 +130,7 @@ class Guest:
 
     def run(self, command: str, *, timeout: float = 30) -> Outcome:
         """Run ``command`` in a shell of its own and return what it wrote and its exit status."""
-        end = f"vmtest-{secrets.token_hex(8)}"
+        end = f"vfiomig-{secrets.token_hex(8)}"
         words = f"sh -c {shlex.quote(command)} </dev/null 2>&1; echo {end} $?\n"
         try:
             self.shell.send(words.encode())
@@ -148,7 +148,7 @@ class Guest:
         outcome = self.run(command, timeout=timeout)
         text = outcome.output.decode(errors="replace")
         if outcome.status:
-            raise VmtestError(f"{command!r} in the guest ended with {outcome.status}: {text}")
+            raise GuestError(f"{command!r} in the guest ended with {outcome.status}: {text}")
         return text
 
     def power_off(self, status: int = 0) -> int:
@@ -232,7 +232,7 @@ def _start(command: list[str], said: int, fds: tuple[int, ...]) -> subprocess.Po
             start_new_session=True,
         )
     except FileNotFoundError:
-        raise VmtestError("setpriv is not installed: apt install util-linux") from None
+        raise PrerequisiteError("setpriv is not installed: apt install util-linux") from None
 
 
 def _has_ended(pid: int, timeout: float) -> bool:

@@ -1,0 +1,130 @@
+"""Which QEMU there is, and which kernel and busybox for its guest.
+
+Theory of operation
+-------------------
+A QEMU is taken from where the user says, from the PATH, or from the cache folder, into which
+``python -m vmtest fetch`` unpacks one. The one that the user names is never replaced by another;
+one on the PATH that is too old is passed over. What is older than 10.0 lacks what a vfio-pci
+device on a passed descriptor needs to migrate.
+
+A set in the cache folder appears complete or not at all, so that it is there is all that is
+asked. The number in its name is that of its layout: what an older program built is not taken for
+what this one wants.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vfiomig.errors import PrerequisiteError
+
+__all__ = (
+    "GUEST_SET",
+    "PROGRAM",
+    "QEMU_SET",
+    "GuestFiles",
+    "cache_folder",
+    "cached_guest_files",
+    "cached_qemu",
+    "find_qemu",
+    "version_of",
+)
+
+PROGRAM: Final = "qemu-system-x86_64"
+_OLDEST: Final = (10, 0)
+
+_LAYOUT: Final = 1
+#: Folders in the cache: QEMU with its libraries and firmware, and what runs in the guest.
+QEMU_SET: Final = f"qemu-{_LAYOUT}"
+GUEST_SET: Final = f"guest-{_LAYOUT}"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestFiles:
+    """What runs in the guest."""
+
+    kernel: Path
+    busybox: Path
+    #: A folder with ``modules.builtin`` and the modules, compressed or not; None has none.
+    modules: Path | None
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is fetched, which need not exist yet."""
+    if chosen := os.environ.get("VFIOMIG_CACHE"):
+        return Path(chosen).absolute()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).absolute() / "vfiomig"
+    return Path.home() / ".cache/vfiomig"
+
+
+def cached_qemu(cache: Path) -> Path | None:
+    """Return the program that starts the cache's QEMU, if there is one."""
+    folder = cache / QEMU_SET
+    return folder / PROGRAM if folder.exists() else None
+
+
+def cached_guest_files(cache: Path) -> GuestFiles | None:
+    """Return the cache's kernel, modules and busybox, if they are there."""
+    folder = cache / GUEST_SET
+    if not folder.exists():
+        return None
+    return GuestFiles(folder / "kernel", folder / "busybox", folder / "modules")
+
+
+def find_qemu(given: Path | None, cache: Path) -> Path:
+    """Return the QEMU to use: ``given``, or one on the PATH that is new enough, or the cache's.
+
+    Raises:
+        PrerequisiteError: there is none, or the given one is none or too old.
+    """
+    if given is not None:
+        version = version_of(given)
+        if version < _OLDEST:
+            raise PrerequisiteError(f"{given} is {_too_old(version)}; {_remedy(cache)}")
+        return given
+    problem = f"there is no {PROGRAM} on the PATH"
+    if found := shutil.which(PROGRAM):
+        version = version_of(Path(found))
+        if version >= _OLDEST:
+            return Path(found)
+        problem = f"{found} is {_too_old(version)}"
+    if cached := cached_qemu(cache):
+        return cached
+    raise PrerequisiteError(f"{problem}; {_remedy(cache)}")
+
+
+def _too_old(version: tuple[int, int]) -> str:
+    return f"QEMU {version[0]}.{version[1]}, and 10.0 or later is needed"
+
+
+def _remedy(cache: Path) -> str:
+    return (
+        f"put a newer one on the PATH, or unpack one into {cache} without installing it: "
+        "python -m vmtest fetch in a checkout of vfiomig"
+    )
+
+
+def version_of(qemu: Path) -> tuple[int, int]:
+    """Return the major and minor version that ``qemu`` says it has.
+
+    Raises:
+        PrerequisiteError: it cannot be started, or is no QEMU.
+    """
+    try:
+        done = subprocess.run(
+            [qemu, "-version"], capture_output=True, text=True, timeout=60, check=False
+        )
+    except OSError as error:
+        raise PrerequisiteError(f"{qemu} cannot be started: {error.strerror}") from None
+    found = re.search(r"^QEMU emulator version (\d+)\.(\d+)", done.stdout)
+    if found is None:
+        said = (done.stdout + done.stderr).strip()
+        raise PrerequisiteError(f"{qemu} does not say that it is a QEMU, but: {said[:200]}")
+    return int(found[1]), int(found[2])
