@@ -14,6 +14,7 @@ import json
 import re
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,13 +26,16 @@ from vfiomig.qemu.vfio import run_words, vfio_words
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ("SWITCH_AT_ONCE", "VfioGuest", "pair", "witnessed")
+__all__ = ("FIRMWARE_ONLY", "SWITCH_AT_ONCE", "VfioGuest", "pair", "witnessed")
 
 HERE: Final = Path(__file__).parent
 DEVICE: Final = HERE / "devices" / "witnessed.py"
 _SET_STATE: Final = re.compile(r"VFIO_DEVICE_FEATURE\(SET MIG_DEVICE_STATE (\w+)\)")
 _FEATURE: Final = re.compile(r"VFIO_DEVICE_FEATURE\((.*)\)")
 _POLL_S: Final = 0.01
+FIRMWARE_ONLY: Final = Machine(memory_mib=64)
+#: The last that SeaBIOS says, on a port of its own.
+_FIRMWARE_ENDS: Final = b"No bootable device."
 
 #: An idle machine sends too little for QEMU to measure a bandwidth, and would never switch over.
 SWITCH_AT_ONCE: Final = {"avail-switchover-bandwidth": 1 << 30}
@@ -43,7 +47,7 @@ def witnessed(**keys: object) -> str:
 
 
 class VfioGuest(Guest):
-    """A machine with devices written in Python, and nothing but firmware."""
+    """A machine with devices written in Python, and nothing but firmware unless told otherwise."""
 
     def __init__(
         self,
@@ -52,23 +56,47 @@ class VfioGuest(Guest):
         name: str,
         specs: Sequence[str],
         *,
-        incoming: bool,
+        incoming: bool = False,
         options: str = "",
+        machine: Machine = FIRMWARE_ONLY,
+        cold: int | None = None,
+        program: Sequence[str] = (),
+        pass_fds: Sequence[int] = (),
     ) -> None:
-        """Start it; ``options`` go to every vfio-pci, each with a comma in front."""
+        """Start it; ``options`` go to every vfio-pci, each with a comma in front.
+
+        Only the first ``cold`` devices are there from the start, all if it is not given.
+        ``program`` are words in front of QEMU's own, behind the door as well.
+        """
         self._trace = folder / f"{name}.trace"
+        self._firmware = folder / f"{name}.firmware"
         self._notes = [folder / f"{name}.notes{number}" for number in range(len(specs))]
-        noted = [f"{spec},notes={notes}" for spec, notes in zip(specs, self._notes, strict=True)]
+        noted = [
+            f"{spec},notes={notes}" if spec.startswith(f"{DEVICE}:") else spec
+            for spec, notes in zip(specs, self._notes, strict=True)
+        ]
         launcher = run_words(noted, "--trace", str(self._trace), "--trace-format", "json")
-        extra = tuple(vfio_words(len(specs), options))
-        machine = Machine(memory_mib=64, extra=extra, incoming=incoming)
-        super().__init__(qemu, machine, launcher=launcher)
+        extra = [
+            *("-chardev", f"file,id=firmware,path={self._firmware}"),
+            *("-device", "isa-debugcon,iobase=0x402,chardev=firmware", *machine.extra),
+            *vfio_words(len(specs) if cold is None else cold, options),
+        ]
+        machine = replace(machine, extra=tuple(extra), incoming=incoming)
+        super().__init__(qemu, machine, launcher=[*launcher, *program], pass_fds=pass_fds)
 
     @property
     def status(self) -> str:
         """What QEMU says of its machine: running, postmigrate and so on."""
         status: str = self.qmp.execute("query-status")["status"]
         return status
+
+    def wait_firmware(self, *, timeout: float = 20) -> None:
+        """Wait until the firmware has set up all that there is, and found no system to start."""
+        deadline = time.monotonic() + timeout
+        while _FIRMWARE_ENDS not in self._firmware.read_bytes():
+            if time.monotonic() > deadline:
+                raise GuestTimeout(f"the firmware has not ended after {timeout} s")
+            time.sleep(_POLL_S)
 
     def finish(self) -> int:
         """Have QEMU quit, and return the exit code."""
