@@ -10,6 +10,7 @@
      |   +- SetStateError                       ... and that request was a change of state
      |   +- SessionError                        ... and it was a read or write of a data_fd
      |   +- TargetError                         ... and the target could not even be opened
+     +- WireError            (also OSError)     bytes from a vfio-user peer mean nothing
      +- DeviceError          (also OSError)     a device hook refuses; its errno reaches the caller
      |   +- StateRejected                       load() refuses the state that it was given
      +- GuestError                              a guest under QEMU, or its monitor, fails
@@ -45,6 +46,7 @@ __all__ = (
     "StateRejected",
     "TargetError",
     "VfioMigError",
+    "WireError",
 )
 
 
@@ -93,6 +95,14 @@ class SessionError(RequestError):
 
 class TargetError(RequestError):
     """A target could not be opened; the message says what to try next."""
+
+
+class WireError(VfioMigError, OSError):
+    """What a peer sent over a vfio-user socket means nothing; the message says what is wrong.
+
+    ``errno`` is what a request is answered with. It is the one error that parsers of foreign
+    bytes raise.
+    """
 
 
 class DeviceError(VfioMigError, OSError):

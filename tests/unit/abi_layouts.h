@@ -139,3 +139,22 @@ struct seccomp_notif_addfd {
 	__u64 id; __u32 flags; __u32 srcfd; __u32 newfd; __u32 newfd_flags;
 };
 struct kvm_device_attr { __u32 flags; __u32 group; __u64 attr; __u64 addr; };
+
+/* vfio-user: the messages that carry no struct of linux/vfio.h */
+
+struct vfio_user_header {
+	__u16 msg_id; __u16 cmd; __u32 msg_size; __u32 flags; __u32 error_no;
+};
+struct vfio_user_version { __u16 major; __u16 minor; };
+struct vfio_user_dma_map { __u32 argsz; __u32 flags; __u64 offset; __u64 addr; __u64 size; };
+struct vfio_user_dma_unmap { __u32 argsz; __u32 flags; __u64 addr; __u64 size; };
+struct vfio_user_bitmap { __u64 pgsize; __u64 size; };
+struct vfio_user_dma_region_access { __u64 addr; __u64 count; };
+struct vfio_user_device_info { __u32 argsz; __u32 flags; __u32 num_regions; __u32 num_irqs; };
+struct vfio_user_region_io_fds { __u32 argsz; __u32 flags; __u32 index; __u32 count; };
+struct vfio_user_region_access { __u64 offset; __u32 region; __u32 count; };
+struct vfio_user_write_multi { __u64 wr_cnt; };
+struct vfio_user_write_one { __u64 offset; __u32 region; __u32 count; __u8 data[8]; };
+struct vfio_user_dma_logging_control { __u64 page_size; __u32 num_ranges; __u32 reserved; };
+struct vfio_user_dma_logging_report { __u64 iova; __u64 length; __u64 page_size; };
+struct vfio_user_mig_data { __u32 argsz; __u32 size; };

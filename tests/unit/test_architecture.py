@@ -24,6 +24,7 @@ ROOMS = (
     ("version", "errors"),
     ("abi",),
     ("fsm",),
+    ("wire",),
     ("descriptors", "memory"),
     ("iommu",),
     ("device",),
@@ -39,7 +40,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 #: SetStateError carries a State, for types only: everything else stands on the tree of errors.
 EXCEPTIONS = {("errors", "fsm")}
 
-PURE = {"abi", "fsm"}
+PURE = {"abi", "fsm", "wire"}
 IMPURE_MODULES = {
     "asyncio", "fcntl", "io", "logging", "mmap", "multiprocessing", "os", "pathlib", "random",
     "select", "selectors", "signal", "socket", "subprocess", "sys", "tempfile", "threading", "time",

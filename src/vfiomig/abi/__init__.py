@@ -11,6 +11,7 @@ the kernel finds them; structs carry a CamelCase twin of the C name, which is th
 `seccomp`      ``linux/seccomp.h`` and what a filter is made of
 `pci`          ``linux/pci_regs.h``: configuration space and capabilities
 `kvm`          the one request of ``linux/kvm.h`` that names VFIO descriptors
+`vfio_user`    what the vfio-user protocol sends over a socket instead
 `syscalls`     system call numbers that a VFIO front door names
 `ioctls`       the table of all requests, and the table of device features
 =============  ===================================================================

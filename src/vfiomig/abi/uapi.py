@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     s32 = _Int
     s64 = _Int
     u8x3 = _Ints
+    u8x8 = _Ints
     u64x6 = _Ints
     # typeshed's Structure has a __getattr__ that would let every misspelt member pass.
     _Structure = _CData
@@ -77,6 +78,7 @@ else:
     s32 = ctypes.c_int32
     s64 = ctypes.c_int64
     u8x3 = u8 * 3
+    u8x8 = u8 * 8
     u64x6 = u64 * 6
     _Structure = ctypes.Structure
     _StructMeta = type(ctypes.Structure)
