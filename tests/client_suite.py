@@ -87,9 +87,10 @@ def no_free_descriptor(dev: DeviceClient) -> Iterator[None]:
     """Let every new descriptor fail with EMFILE."""
     transport = dev._transport
     if isinstance(transport, LocalTransport):
-        before, transport.nofile = transport.nofile, 0
+        numbers = transport.numbers
+        before, numbers.nofile = numbers.nofile, 0
         yield
-        transport.nofile = before
+        numbers.nofile = before
     else:
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))

@@ -13,8 +13,9 @@ import errno
 import os
 import threading
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from vfiomig.client.numbers import Numbers
 from vfiomig.core.iommufd import Iommufd
 from vfiomig.core.transfer import Migf
 from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ("LocalTransport",)
 
-#: Lowest number that is given out: programs have something else below.
-FIRST = 3
+Thing: TypeAlias = VfioDeviceFile | Iommufd | Migf
 
 
 class LocalTransport:
@@ -41,21 +41,19 @@ class LocalTransport:
     about: Mapping[str, str | int | bool] = MappingProxyType({"by": "calls in this process"})
 
     def __init__(self, device: VfioDevice, *, nofile: int = 1024) -> None:
-        """``nofile`` is what RLIMIT_NOFILE is for a process; no number reaches it.
+        """Open the device and an iommufd. ``nofile``: see ``Numbers``.
 
         Raises:
             OSError: what the device refused its open with.
         """
         self._open_device = device
-        self.nofile = nofile
-        self._lock = threading.Lock()
-        self._table: dict[int, VfioDeviceFile | Iommufd | Migf] = {}
-        self.iommufd = self.install(Iommufd())
-        self.device = self.install(device.open())
+        self.numbers: Numbers[Thing] = Numbers(nofile)
+        self.iommufd = self.numbers.install(Iommufd())
+        self.device = self.numbers.install(device.open())
 
     def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
         address = 0 if argument is None else ctypes.addressof(argument)
-        target = self.find(on)
+        target = self.numbers.find(on)
         # Made for each request: kept, the two would be a cycle that keeps the device's memory.
         caller = LocalCaller(self)
         if isinstance(target, Migf):
@@ -71,7 +69,7 @@ class LocalTransport:
     def _transfer(
         self, data_fd: int, direction: SessionKind, transfer: ReadTransfer | WriteTransfer
     ) -> int:
-        migf = self.find(data_fd)
+        migf = self.numbers.find(data_fd)
         if not isinstance(migf, Migf) or migf.kind is not direction:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         migf.submit(transfer)
@@ -91,45 +89,21 @@ class LocalTransport:
         return self._file().pwrite(offset, data)
 
     def _file(self) -> VfioDeviceFile:
-        file = self.find(self.device)
+        file = self.numbers.find(self.device)
         assert isinstance(file, VfioDeviceFile)
         return file
 
     def close(self, number: int) -> None:
-        closed = self.remove(number)
+        closed = self.numbers.remove(number)
         if isinstance(closed, VfioDeviceFile):
             closed.release()
-
-    # The table of descriptors.
-
-    def install(self, thing: VfioDeviceFile | Iommufd | Migf) -> int:
-        """Give ``thing`` the lowest free number; EMFILE when there is none."""
-        with self._lock:
-            for number in range(FIRST, self.nofile):
-                if number not in self._table:
-                    self._table[number] = thing
-                    return number
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    def find(self, number: int) -> VfioDeviceFile | Iommufd | Migf:
-        thing = self._table.get(number)
-        if thing is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        return thing
-
-    def remove(self, number: int) -> VfioDeviceFile | Iommufd | Migf:
-        with self._lock:
-            thing = self._table.pop(number, None)
-        if thing is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        return thing
 
 
 class LocalCaller:
     """This process as the maker of a request: ``core.caller.Caller``."""
 
     def __init__(self, transport: LocalTransport) -> None:
-        self._transport = transport
+        self._numbers = transport.numbers
         self._memory = ProcessMemory(os.getpid())
         self.read = self._memory.read
         self.write = self._memory.write
@@ -148,15 +122,15 @@ class LocalCaller:
         """Nobody else waits for this thread."""
 
     def return_fd(self, migf: Migf, address: int, render: Callable[[int], bytes]) -> None:
-        number = self._transport.install(migf)
+        number = self._numbers.install(migf)
         try:
             self.write(address, render(number))
         except OSError:
-            self._transport.remove(number)
+            self._numbers.remove(number)
             raise
 
     def iommufd(self, number: int) -> Iommufd:
-        context = self._transport.find(number)
+        context = self._numbers.find(number)
         if not isinstance(context, Iommufd):
             raise OSError(errno.EBADFD, os.strerror(errno.EBADFD))
         return context
