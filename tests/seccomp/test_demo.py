@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from on_a_terminal import Terminal, nobody_is_left_in
 from vfiomig.cli import demo as demo_module
 from vfiomig.cli.app import main
 from vfiomig.cli.demo_client import NOTE
@@ -26,7 +21,7 @@ from vfiomig.errors import StateRejected
 from vfiomig.models.pattern import Pattern
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from vfiomig.device import StateReader
 
@@ -218,47 +213,6 @@ def test_a_usage_error_is_one_line_and_exit_code_2(
 # A terminal.
 
 
-class Terminal:
-    """A pty of 80 columns whose session is led by a command; what comes out of it is kept."""
-
-    def __init__(self, command: Sequence[str], *, stdout: int | None = None) -> None:
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-        # A terminal becomes that of a new session when it is opened in it.
-        script = 'exec "$@" <>"$0"'
-        self.process = subprocess.Popen(
-            ["sh", "-c", script, os.ttyname(slave), *command],
-            stdin=slave,
-            stdout=slave if stdout is None else stdout,
-            stderr=slave,
-            env=os.environ | {"TERM": "xterm"},
-            start_new_session=True,
-        )
-        os.close(slave)
-        self.text = ""
-
-    def read_until(self, pattern: str) -> None:
-        """Read until ``pattern`` is there, or everything is closed."""
-        deadline = time.monotonic() + PATIENCE
-        while not re.search(pattern, self.text):
-            ready, _, _ = select.select([self.master], [], [], deadline - time.monotonic())
-            assert ready, f"{pattern} did not come; so far: {self.text}"
-            try:
-                self.text += os.read(self.master, 1 << 16).decode()
-            except OSError:  # EIO: nobody has the other side any more
-                return
-
-    def end(self) -> int:
-        self.read_until(r"(?!)")
-        return self.process.wait(PATIENCE)
-
-    def close(self) -> None:
-        os.close(self.master)
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-
 @pytest.fixture
 def terminals() -> Iterator[list[Terminal]]:
     opened: list[Terminal] = []
@@ -314,28 +268,11 @@ def test_the_bar_goes_to_stderr_and_the_result_to_stdout(
 SLOW = [*COMMAND, "--size", "256M", "--dirty", "100G"]
 
 
-def nobody_is_left_in(session: int) -> bool:
-    """Whether every process of a session has ended, in a moment at most."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        if not any(session_of(Path("/proc", name)) == session for name in os.listdir("/proc")):
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def session_of(process: Path) -> int:
-    try:
-        return int((process / "stat").read_text().rpartition(")")[2].split()[3])
-    except (OSError, IndexError):
-        return -1
-
-
 def test_ctrl_c_ends_it_with_130_and_leaves_nothing_behind(terminals: list[Terminal]) -> None:
     terminal = Terminal(SLOW)
     terminals.append(terminal)
     terminal.read_until(r"[1-9]%")
-    os.write(terminal.master, b"\x03")
+    terminal.type(b"\x03")
     assert terminal.end() == 130, terminal.text
     assert "Traceback" not in terminal.text
     assert "identical" not in terminal.text

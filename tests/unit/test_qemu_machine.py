@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vfiomig.qemu.machine import Machine, arguments
+import pytest
+
+from vfiomig.qemu.machine import Machine, arguments, for_people
 
 
 def options(words: list[str]) -> list[tuple[str, str]]:
@@ -58,5 +60,23 @@ def test_without_a_kernel_there_is_none() -> None:
 
 
 def test_devices_come_last_and_as_they_are() -> None:
-    machine = Machine(extra=("-device", "vfio-pci,id=v0,fd=9"), incoming=True)
-    assert words_for(machine)[-4:] == ["-incoming", "defer", "-device", "vfio-pci,id=v0,fd=9"]
+    words = words_for(Machine(extra=("-device", "vfio-pci,id=v0,fd=9"), incoming=True))
+    assert ("-incoming", "defer") in options(words)
+    assert words[-2:] == ["-device", "vfio-pci,id=v0,fd=9"]
+
+
+@pytest.mark.parametrize(
+    ("accel", "cpu"), [("tcg,thread=multi", "max"), ("kvm", "max,-arch-capabilities")]
+)
+def test_the_processor_has_what_its_accelerator_does_not_fail_at(accel: str, cpu: str) -> None:
+    assert ("-cpu", cpu) in options(words_for(Machine(accel=accel)))
+    assert ("-cpu", "qemu64") in options(words_for(Machine(accel=accel, cpu="qemu64")))
+
+
+def test_a_machine_for_people_has_its_console_and_monitor_on_the_terminal() -> None:
+    words = for_people(Machine(kernel=Path("k"), append="quiet", extra=("-name", "x")))
+    given = options(words)
+    assert ("-serial", "mon:stdio") in given
+    assert ("-machine", "graphics=off") in given
+    assert ("-append", "console=ttyS0 quiet") in given
+    assert words[-2:] == ["-name", "x"]

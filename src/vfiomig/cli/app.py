@@ -79,6 +79,17 @@ VERBS: Final = (
         ),
     ),
     Verb(
+        "qemu",
+        "vfiomig.cli.qemu:qemu",
+        "Run a QEMU with VFIO devices written in Python.",
+        (
+            "vfiomig qemu --device virtio_blk,path=disk.img --memory 1G",
+            "vfiomig qemu --device mtty --device pattern --kernel vmlinuz --initrd initrd",
+            "vfiomig qemu --device pattern --incoming unix:/tmp/link --print",
+            "vfiomig qemu --device virtio_blk --accel kvm -- -device virtio-rng-pci",
+        ),
+    ),
+    Verb(
         "draw",
         "vfiomig.cli.draw:draw",
         "Draw the state machine of a capability set.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation at run time
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -17,12 +17,17 @@ from vfiomig.doors.syscall.trace import Trace, open_trace
 from vfiomig.errors import DoorError, PrerequisiteError, SpecError
 from vfiomig.models import make
 
-__all__ = ("run",)
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vfiomig.doors.syscall.run import FilterName
+
+__all__ = ("run", "serve")
 
 
 def run(
     *program: Annotated[str, Parameter(allow_leading_hyphen=True)],
-    device: list[str],
+    device: Annotated[list[str], Parameter(negative=())],
     dialect: Dialect = Dialect.LANDED,
     filter: Literal["exact", "fast"] = "exact",  # noqa: A002 - the option's name
     trace: Annotated[Path | None, Parameter(allow_leading_hyphen=True)] = None,
@@ -54,17 +59,30 @@ def run(
     """
     if not program:
         raise SpecError("name a program after the options: vfiomig run --device pattern -- ls")
+    return serve(device, program, dialect, filter, trace, as_json=trace_format == "json")
+
+
+def serve(
+    specs: Sequence[str],
+    program: Sequence[str],
+    dialect: Dialect,
+    filter_name: FilterName,
+    trace: Path | None,
+    *,
+    as_json: bool,
+) -> int:
+    """Run ``program`` with a device for each of ``specs`` and return the exit code."""
     devices = [
-        VfioDevice(make(spec), f"vfio{number}", dialect) for number, spec in enumerate(device)
+        VfioDevice(make(spec), f"vfio{number}", dialect) for number, spec in enumerate(specs)
     ]
     with ExitStack() as stack:
         tracer = None
         if trace is not None:
             to_stderr = str(trace) == "-"
             out = sys.stderr if to_stderr else stack.enter_context(open_trace(trace))
-            tracer = Trace(out, devices, as_json=trace_format == "json")
+            tracer = Trace(out, devices, as_json=as_json)
         try:
-            return run_program(devices, program, filter_name=filter, trace=tracer)
+            return run_program(devices, program, filter_name=filter_name, trace=tracer)
         except (DoorError, PrerequisiteError, OSError) as problem:
             # OSError: no descriptor is left here, or a device refuses to start.
             print(f"vfiomig: {problem}", file=sys.stderr)

@@ -8,26 +8,30 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ("DEBUG_EXIT_PORT", "DEFAULT_ACCEL", "Machine", "arguments")
+__all__ = ("ACCELERATORS", "DEBUG_EXIT_PORT", "DEFAULT_ACCEL", "Machine", "arguments", "for_people")
 
-DEFAULT_ACCEL: Final = "tcg,thread=multi"
+#: What the names of accelerators stand for in QEMU's words.
+ACCELERATORS: Final = {"tcg": "tcg,thread=multi", "kvm": "kvm"}
+DEFAULT_ACCEL: Final = ACCELERATORS["tcg"]
 
 #: Where guest-init.sh writes the exit status.
 DEBUG_EXIT_PORT: Final = 0xF4
 
+_CONSOLE: Final = "console=ttyS0"
 # No mitigations: nobody attacks this guest. More serial lines than the four that are set up by
 # default, for cards under test. On a panic the machine goes down at once. The check of the timer
 # counts its interrupts against the processor's speed; where QEMU gets little time it fails, and
 # the guest goes on with a timer that may not tick.
-_APPEND: Final = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check 8250.nr_uarts=8"
+_APPEND: Final = f"{_CONSOLE} quiet panic=-1 mitigations=off no_timer_check 8250.nr_uarts=8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """A machine; everything but its kernel has a value that will do.
 
-    Without a kernel it goes as far as its firmware. ``extra`` are words that QEMU's command line
-    ends with, devices for instance. With ``incoming`` it waits for a migration.
+    Without a kernel it goes as far as its firmware. ``append`` is more for the kernel's command
+    line. ``extra`` are words that QEMU's command line ends with, devices for instance. With
+    ``incoming`` it waits for a migration, and for its monitor to say from where.
     """
 
     kernel: Path | None = None
@@ -35,7 +39,8 @@ class Machine:
     append: str = ""
     type: str = "q35"
     accel: str = DEFAULT_ACCEL
-    cpu: str = "max"
+    #: "" is all that the accelerator has, as far as it works everywhere.
+    cpu: str = ""
     cpus: int = 1
     memory_mib: int = 256
     extra: tuple[str, ...] = ()
@@ -43,7 +48,7 @@ class Machine:
 
 
 def arguments(machine: Machine, *, monitor: int, folder: Path) -> list[str]:
-    """Return QEMU's arguments for ``machine``.
+    """Return QEMU's arguments for a ``machine`` that a program talks to.
 
     Its monitor is the inherited socket ``monitor``. Its serial ports are in ``folder``: what the
     first one says goes to the file ``console``, the second one's to ``shell``, which hears
@@ -52,25 +57,50 @@ def arguments(machine: Machine, *, monitor: int, folder: Path) -> list[str]:
     console, shell, commands = (
         _escaped(folder / name) for name in ("console", "shell", "commands")
     )
-    words = [
-        *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-        *("-accel", machine.accel, "-cpu", machine.cpu, "-smp", str(machine.cpus)),
-        # Memory that another process can map.
-        *("-object", f"memory-backend-memfd,id=ram,size={machine.memory_mib}M,share=on"),
-        *("-machine", f"{machine.type},memory-backend=ram", "-m", f"{machine.memory_mib}M"),
+    return [
+        *_machine_words(machine, _APPEND),
+        "-no-reboot",
         *("-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"),
         *("-chardev", f"file,id=console,path={console}", "-serial", "chardev:console"),
         *("-chardev", f"file,id=shell,path={shell},input-path={commands}"),
         *("-serial", "chardev:shell"),
         *("-device", f"isa-debug-exit,iobase={DEBUG_EXIT_PORT},iosize=4"),
+        *machine.extra,
+    ]
+
+
+def for_people(machine: Machine) -> list[str]:
+    """Return QEMU's arguments for a ``machine`` whose console is the terminal.
+
+    The firmware speaks on the serial port too, because there is no screen (graphics=off).
+    """
+    console = ("-machine", "graphics=off", "-serial", "mon:stdio")
+    return [*_machine_words(machine, _CONSOLE), *console, *machine.extra]
+
+
+def _machine_words(machine: Machine, command_line: str) -> list[str]:
+    words = [
+        *("-nodefaults", "-no-user-config", "-display", "none"),
+        *("-accel", machine.accel, "-cpu", machine.cpu or _default_cpu(machine.accel)),
+        *("-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M"),
+        # Memory that another process can map.
+        *("-object", f"memory-backend-memfd,id=ram,size={machine.memory_mib}M,share=on"),
+        *("-machine", f"{machine.type},memory-backend=ram"),
     ]
     if machine.kernel is not None:
-        words += ["-kernel", str(machine.kernel), "-append", f"{_APPEND} {machine.append}".strip()]
+        append = f"{command_line} {machine.append}".strip()
+        words += ["-kernel", str(machine.kernel), "-append", append]
     if machine.initrd is not None:
         words += ["-initrd", str(machine.initrd)]
     if machine.incoming:
         words += ["-incoming", "defer"]
-    return [*words, *machine.extra]
+    return words
+
+
+def _default_cpu(accel: str) -> str:
+    # With it QEMU sets MSR_IA32_ARCH_CAPABILITIES, which KVM under another hypervisor, or on
+    # processors of AMD, may refuse: QEMU then aborts at its start.
+    return "max,-arch-capabilities" if accel.startswith("kvm") else "max"
 
 
 def _escaped(path: Path) -> str:
