@@ -117,35 +117,39 @@ class Connection(ReceiveBuffer):
         if held < HEADER_SIZE:
             return None
         header = _unpack_header(self._view, start)
-        _, _, size, flags, _ = header
+        msg_id, command, size, flags, _ = header
         if not HEADER_SIZE <= size <= self._limit:
             self._break(header, f"a message of {size} bytes, where {self._limit} are the most")
-        if flags & TYPE == REQUEST:
-            return self._next_request(header, held)
-        if flags & TYPE != REPLY:
-            self._break(header, f"a message of type {flags & TYPE}")
-        return self._next_reply(header, held)
-
-    def _next_request(self, header: tuple[int, ...], held: int) -> Request | None:
-        msg_id, command, size, flags, _ = header
+        if flags & TYPE != REQUEST:
+            if flags & TYPE != REPLY:
+                self._break(header, f"a message of type {flags & TYPE}")
+            return self._next_reply(header, held)
         row = self._requests.get(command)
         if row is None or size - HEADER_SIZE < row.request_size:
             return self._refused(header, held)
-        head = row.request_size
-        if size > held and not (
-            row.request_data and size > READ_AHEAD and held >= HEADER_SIZE + head
-        ):
+        if row.request_data or size > held:
+            return self._next_long_request(header, held, row)
+        self._start = stop = start + size
+        self._need = 0
+        request = Request(msg_id, command, flags, self._view[start + HEADER_SIZE : stop])
+        if self._marks:
+            self._take_fds(request, stop, row)
+        return request
+
+    def _next_long_request(
+        self, header: tuple[int, ...], held: int, row: Command
+    ) -> Request | None:
+        """Hand out a request that has data, or is not there as a whole."""
+        msg_id, command, size, flags, _ = header
+        head = HEADER_SIZE + row.request_size
+        if size > held and not (row.request_data and size > READ_AHEAD and held >= head):
             self._need = size
             return None
-        request = Request(msg_id, command, flags)
-        start = self._start + HEADER_SIZE
+        start = self._start
         stop = self._hand_out(size, held)
-        if row.request_data:
-            request.body = self._view[start : start + head]
-            request.data = self._view[start + head : stop]
-            request.data_size = size - HEADER_SIZE - head
-        else:
-            request.body = self._view[start:stop]
+        request = Request(msg_id, command, flags, self._view[start + HEADER_SIZE : start + head])
+        request.data = self._view[start + head : stop]
+        request.data_size = size - head
         if self._marks:
             self._take_fds(request, stop, row)
         return request
@@ -156,26 +160,24 @@ class Connection(ReceiveBuffer):
         if row is None or row.number != command:
             what = "that nobody asked for" if row is None else f"to a {row.name}"
             self._break(header, f"a reply {what}: {command_name(command)}, number {msg_id}")
-        head = row.reply_size
+        head = HEADER_SIZE + row.reply_size
         failed = flags & ERROR
-        if size > held and not (
-            failed or (row.reply_data and size > READ_AHEAD and held >= HEADER_SIZE + head)
-        ):
+        if size > held and not (failed or (row.reply_data and size > READ_AHEAD and held >= head)):
             self._need = size
             return None
         del self._outstanding[msg_id]
-        reply = Reply(msg_id, command, flags)
-        start = self._start + HEADER_SIZE
+        start = self._start
         stop = self._hand_out(size, held)
+        reply = Reply(msg_id, command, flags)
         if failed:
             # A payload, which libvfio-user sends if it had made one already, says nothing more.
             reply.errno = error_no if 0 < error_no <= ERRNO_MAX else errno.EINVAL
-        elif row.reply_data:
-            reply.body = self._view[start : min(start + head, stop)]
+        elif row.reply_data and size >= head:
+            reply.body = self._view[start + HEADER_SIZE : start + head]
             reply.data = self._view[start + head : stop]
-            reply.data_size = max(0, size - HEADER_SIZE - head)
+            reply.data_size = size - head
         else:
-            reply.body = self._view[start:stop]
+            reply.body = self._view[start + HEADER_SIZE : stop]
         if self._marks:
             reply.fds, lost = self._claim(stop)
             if lost:
@@ -233,15 +235,20 @@ class Connection(ReceiveBuffer):
 
     # Sending.
 
-    def reply(self, request: Request, head: Buffer = b"", *data: Buffer) -> Buffers:
-        """Make the reply to ``request``, or nothing if it wants none."""
+    def reply(
+        self, request: Request, head: Buffer = b"", data: Buffer = b"", *more: Buffer
+    ) -> Buffers:
+        """Make the reply to ``request``, or nothing if it wants none.
+
+        ``data`` and ``more`` are sent from where they are, and are made of bytes.
+        """
         if request.flags & NO_REPLY:
             return ()
-        size = HEADER_SIZE + len(head)
-        for piece in data:
-            size += len(piece)
+        size = HEADER_SIZE + len(head) + len(data)
+        if more:
+            size += sum(map(len, more))
         header = _pack_header(request.msg_id, request.command, size, REPLY, 0)
-        return (header + head, *data)
+        return (header + head, data, *more) if more else (header + head, data)
 
     def error(self, request: Request, number: int) -> Buffers:
         """Make the reply that says that ``request`` failed, or nothing if it wants none."""
@@ -253,7 +260,8 @@ class Connection(ReceiveBuffer):
         self,
         command: int,
         head: Buffer = b"",
-        *data: Buffer,
+        data: Buffer = b"",
+        *more: Buffer,
         fds: Sequence[int] = NO_FDS,
         no_reply: bool = False,
     ) -> Outgoing:
@@ -263,14 +271,14 @@ class Connection(ReceiveBuffer):
             ValueError: the peer would refuse it, for its size or its descriptors.
         """
         row = commands.BY_NUMBER[command]
-        length = sum(map(len, data))
+        length = len(data) + sum(map(len, more))
         self._require_sendable(row, length, len(fds))
         msg_id = self._new_id()
         if not no_reply:
             self._outstanding[msg_id] = row
         size = HEADER_SIZE + len(head) + length
         header = _pack_header(msg_id, command, size, NO_REPLY if no_reply else REQUEST, 0)
-        return Outgoing(msg_id, (header + head, *data), fds)
+        return Outgoing(msg_id, (header + head, data, *more), fds)
 
     def _require_sendable(self, row: Command, length: int, fds: int) -> None:
         limits = self.limits

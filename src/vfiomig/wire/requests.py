@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from vfiomig.wire.messages import Request
     from vfiomig.wire.version import Limits
 
+#: (offset, region, number of bytes), the head of REGION_READ and REGION_WRITE.
+pack_region_access = REGION_ACCESS.pack
+unpack_region_access = REGION_ACCESS.unpack
+
 END = 1 << 64
 DMA_FLAGS = (
     vfio_user.VFIO_USER_F_DMA_REGION_READ
@@ -47,14 +51,6 @@ class Unmap(NamedTuple):
     addr: int
     size: int
     bitmap: vfio_user.Bitmap | None
-
-
-class Access(NamedTuple):
-    """A read or write of a region; data of a write follow in the message."""
-
-    offset: int
-    region: int
-    size: int
 
 
 class Write(NamedTuple):
@@ -189,19 +185,25 @@ def set_irqs_untrusted(request: Request) -> tuple[vfio.IrqSet, memoryview]:
     return asked, bools
 
 
-def region_access_untrusted(request: Request, limits: Limits) -> Access:
-    """Return which part of which region REGION_READ or REGION_WRITE is about."""
+def region_read_untrusted(request: Request, limits: Limits) -> tuple[int, int, int]:
+    """Return (offset, region, number of bytes)."""
     if request.refusal is not None:
         raise request.refusal
-    access = Access._make(REGION_ACCESS.unpack_from(request.body))
-    offset, _, count = access
-    if request.command == vfio_user.VFIO_USER_REGION_WRITE:
-        if count != request.data_size:
-            raise _invalid(f"REGION_WRITE of {count} bytes with {request.data_size}")
-    elif count > limits.data_out:
-        raise _invalid(f"REGION_READ of {count} bytes, {limits.data_out} are the most")
-    if offset + count > END:
-        raise _invalid(f"an access of {count} bytes at {offset:#x}")
+    access = offset, _, size = unpack_region_access(request.body)
+    if size > limits.data_out or offset + size > END:
+        raise _invalid(
+            f"REGION_READ of {size} bytes at {offset:#x}, {limits.data_out} are the most"
+        )
+    return access
+
+
+def region_write_untrusted(request: Request) -> tuple[int, int, int]:
+    """Return (offset, region, number of bytes), which are the request's data."""
+    if request.refusal is not None:
+        raise request.refusal
+    access = offset, _, size = unpack_region_access(request.body)
+    if size != request.data_size or offset + size > END:
+        raise _invalid(f"REGION_WRITE of {size} bytes at {offset:#x} with {request.data_size}")
     return access
 
 
