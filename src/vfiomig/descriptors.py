@@ -8,20 +8,36 @@ named when it is launched.
 
 from __future__ import annotations
 
+import array
 import errno
 import fcntl
 import math
 import os
 import select
+import socket
 import time
 import warnings
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from types import TracebackType
     from typing import Self
 
-__all__ = ("EventFd", "Fd", "HasFileno", "create_sealed_memfd", "poll_until", "reopen")
+__all__ = (
+    "RIGHTS_ROOM",
+    "EventFd",
+    "Fd",
+    "HasFileno",
+    "create_sealed_memfd",
+    "passed_descriptors",
+    "poll_until",
+    "reopen",
+    "rights",
+)
+
+#: Room for as many descriptors as the kernel passes with one message (SCM_MAX_FD).
+RIGHTS_ROOM = socket.CMSG_SPACE(253 * array.array("i").itemsize)
 
 
 class HasFileno(Protocol):
@@ -154,3 +170,18 @@ def reopen(fd: HasFileno | int, flags: int) -> Fd:
     """Open the file behind ``fd`` anew: another description with offset and flags of its own."""
     number = fd if isinstance(fd, int) else fd.fileno()
     return Fd(os.open(f"/proc/self/fd/{number}", flags | os.O_CLOEXEC))
+
+
+def rights(fds: Sequence[int]) -> list[tuple[int, int, array.array[int]]]:
+    """Make what ``sendmsg`` needs to pass descriptors along; they stay the sender's too."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+
+
+def passed_descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """Return the descriptors that ``recvmsg`` brought, which are the receiver's to close."""
+    numbers = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            # What was cut off in the middle of a number was never passed.
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+    return numbers.tolist()

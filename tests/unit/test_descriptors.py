@@ -5,12 +5,22 @@ import gc
 import mmap
 import os
 import select
+import socket
 import time
 import warnings
 
 import pytest
 
-from vfiomig.descriptors import EventFd, Fd, create_sealed_memfd, poll_until, reopen
+from vfiomig.descriptors import (
+    RIGHTS_ROOM,
+    EventFd,
+    Fd,
+    create_sealed_memfd,
+    passed_descriptors,
+    poll_until,
+    reopen,
+    rights,
+)
 
 
 def is_open(number: int) -> bool:
@@ -164,3 +174,16 @@ def test_what_is_no_eventfd_is_refused_and_closed() -> None:
     with pytest.raises(OSError) as failure:
         EventFd(reader)
     assert failure.value.errno == errno.EBADF
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 253])
+def test_descriptors_are_passed_along_over_a_socket(count: int) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Fd(os.memfd_create("passed")) as fd:
+        ours.sendmsg([b"x"], rights([fd.fileno()] * count))
+        _, ancillary, flags, _ = theirs.recvmsg(1, RIGHTS_ROOM)
+        passed = passed_descriptors(ancillary)
+        assert (len(passed), flags & socket.MSG_CTRUNC) == (count, 0)
+        for number in passed:
+            assert os.path.sameopenfile(number, fd.fileno())
+            os.close(number)
