@@ -108,6 +108,7 @@ class Caller:
         self.iommufds: dict[int, Iommufd | None] = {IOMMUFD: Iommufd(), OTHER: None}
         self.full = False
         self.waits = 0
+        self.capabilities: set[int] = set()
 
     def memory(self, address: int, length: int, *, writable: bool, known: Backings) -> Place:
         if not self.check(address, length, writable=writable):
@@ -116,6 +117,9 @@ class Caller:
 
     def file(self, number: int) -> Fd:
         return Fd(os.dup(number))
+
+    def capable(self, capability: int) -> bool:
+        return capability in self.capabilities
 
     def blocks(self) -> None:
         self.waits += 1

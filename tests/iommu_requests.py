@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from in_process import IOMMUFD, PAGE, Answer, Caller
 from vfiomig.abi import iommufd as abi
+from vfiomig.core.iommufd import BoundDevice
 
 if TYPE_CHECKING:
     from vfiomig.abi.uapi import UapiStruct
@@ -44,6 +45,12 @@ class Iommu:
         answer = self.ioctl(abi.IOMMU_IOAS_ALLOC, abi.IoasAlloc(size=12))
         assert answer.errno == 0
         return abi.IoasAlloc.parse(answer.data).out_ioas_id
+
+    def in_use(self) -> int:
+        """Make an address space with a device attached: it consists of pages, of 48 bits."""
+        ioas = self.alloc()
+        self.context.attach(ioas, BoundDevice("vfio1"))
+        return ioas
 
     def map(self, ioas: int, address: int, **more: int) -> tuple[int, int]:
         members = {"size": 40, "flags": FIXED | WRITABLE | READABLE, "length": PAGE, **more}

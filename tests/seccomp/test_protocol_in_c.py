@@ -51,6 +51,7 @@ WAYS = (
     Way("DMA logging", "dma_logging", FEW),
     Way("iommufd", "iommufd", FEW),
     Way("iommufd, fast", "iommufd", FEW, ("--filter", "fast")),
+    Way("iommufd limits", "iommufd_limits", FEW),
     Way("landed", "landed", ALL),
     Way("landed, fast", "landed", ALL, ("--filter", "fast")),
     Way("precopy", "precopy", ALL),
@@ -81,7 +82,7 @@ CASES = [
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("programs")
-    names = ("binding", "dma_logging", "iommufd", "landed", "precopy", "sessions", "v6", "matrix")
+    names = {way.program for way in WAYS} | {"matrix"}
     return {name: str(compile_program(name, folder)) for name in names}
 
 

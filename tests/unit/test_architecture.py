@@ -25,7 +25,7 @@ ROOMS = (
     ("abi",),
     ("fsm",),
     ("wire",),
-    ("descriptors", "memory"),
+    ("descriptors", "memory", "process"),
     ("iommu",),
     ("device",),
     ("core",),

@@ -49,7 +49,7 @@ class Two:
 
     def __init__(self, iommu: Iommu, pages: Pages) -> None:
         self.iommu = iommu
-        self.source, self.target = iommu.alloc(), iommu.alloc()
+        self.source, self.target = iommu.alloc(), iommu.in_use()
         for number, flags in enumerate((7, 7, FIXED | READABLE)):
             iova = HERE + number * PAGE
             assert iommu.map(self.source, pages.page(number), iova=iova, flags=flags)[0] == 0
@@ -173,7 +173,7 @@ def memfd() -> Iterator[Fd]:
 def test_a_file_mapping_checks_its_argument(
     iommu: Iommu, pages: Pages, memfd: Fd, members: dict[str, int], result: int
 ) -> None:
-    ioas = iommu.alloc()
+    ioas = iommu.in_use()
     iommu.map(ioas, pages.page(0), iova=0x5000)
     asked = {"ioas": ioas, "fd": memfd.fileno(), **members}
     seen, iova = iommu.map_file(asked.pop("ioas"), asked.pop("fd"), **asked)

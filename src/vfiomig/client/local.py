@@ -23,6 +23,7 @@ from vfiomig.descriptors import EventFd, Fd
 from vfiomig.fsm import SessionKind
 from vfiomig.iommu import Place
 from vfiomig.memory import MemoryFault, ProcessMemory
+from vfiomig.process import capable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -117,6 +118,9 @@ class LocalCaller:
     def file(self, number: int) -> Fd:
         """Share a file: a real descriptor of this process, not one of the small table."""
         return Fd(os.dup(number))
+
+    def capable(self, capability: int) -> bool:
+        return capable(threading.get_native_id(), capability)
 
     def blocks(self) -> None:
         """Nobody else waits for this thread."""

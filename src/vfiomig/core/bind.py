@@ -44,14 +44,14 @@ class Binding:
             former, self._attached = self._attached, self._context.attach(number, self._device)
             self._port.attach(self._attached[1].table)
             if former is not None:
-                self._context.detach(*former)
+                self._context.detach(*former, self._device)
             return self._attached[0]
 
     def detach(self) -> None:
         with self._lock:
             self._port.attach(None)
             if self._attached is not None:
-                self._context.detach(*self._attached)
+                self._context.detach(*self._attached, self._device)
                 self._attached = None
 
     def release(self) -> None:

@@ -41,6 +41,9 @@ class Caller(Protocol):
     def file(self, number: int) -> Fd:
         """Share an open file of the caller's: EBADF if it is not open, EINVAL if it is ours."""
 
+    def capable(self, capability: int) -> bool:
+        """Tell whether the calling thread has a capability (capabilities(7)) over the machine."""
+
     def blocks(self) -> None:
         """Note that the request may take long from here on: it waits, or runs a device's hook."""
 

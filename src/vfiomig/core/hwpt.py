@@ -79,11 +79,13 @@ def alloc(context: Iommufd, argument: abi.HwptAlloc, caller: Caller) -> int:  # 
             raise OSError(errno.EOPNOTSUPP, "flags or data that this IOMMU does not know")
         if flags & TRACKING and not device.tracks:
             raise OSError(errno.EOPNOTSUPP, f"the IOMMU of {device.name} cannot track writes")
-        if flags & FAULTS:
-            raise OSError(errno.ENOENT, "no fault queue has that id")
         return Hwpt(parent, tracks=bool(flags & TRACKING))
 
-    argument.out_hwpt_id = context.add_over(argument.pt_id, make)
+    number = context.add_over(argument.pt_id, make)
+    if flags & FAULTS:
+        context.remove(number)
+        raise OSError(errno.ENOENT, "no fault queue has that id")
+    argument.out_hwpt_id = number
     return 0
 
 

@@ -1,18 +1,21 @@
 """IO address spaces of an iommufd: what answers the IOMMU_IOAS_* requests.
 
 Checks come in the order of drivers/iommu/iommufd (ioas.c, and behind it io_pagetable.c): the
-fields, the ids, the IOVA, and last the memory, which an attached IOMMU would pin.
+fields, the ids, the IOVA, and last the memory, which a page table over the space would pin. Where
+there is no page table yet a kernel looks at the memory when one comes; here it is looked at once,
+when it is mapped.
 """
 
 from __future__ import annotations
 
 import errno
+from bisect import bisect
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from vfiomig.abi import iommufd as abi
 from vfiomig.iommu import IoSpace, Mapping
-from vfiomig.iommu.space import ALIGNMENT, ALLOWED
+from vfiomig.iommu.limits import overlaps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
     Request: TypeAlias = abi.IoasMap | abi.IoasMapFile | abi.IoasCopy
 
-__all__ = ("Ioas", "alloc", "copy", "iova_ranges", "map_", "map_file", "unmap")
+__all__ = ("Ioas", "alloc", "allow_iovas", "copy", "iova_ranges", "map_", "map_file", "unmap")
 
 U64_MAX = (1 << 64) - 1
 FIXED = abi.IOMMU_IOAS_MAP_FIXED_IOVA
@@ -35,7 +38,7 @@ READABLE = abi.IOMMU_IOAS_MAP_READABLE
 class Ioas:
     """An IO address space that the user made."""
 
-    space: IoSpace = field(default_factory=IoSpace)
+    space: IoSpace = field(default_factory=lambda: IoSpace(limits=()))
     #: Page tables over it.
     users: int = 0
 
@@ -51,14 +54,33 @@ def iova_ranges(context: Iommufd, argument: abi.IoasIovaRanges, caller: Caller) 
     """List the usable ranges; EMSGSIZE, with their number, if they do not fit."""
     if argument.reserved:
         raise OSError(errno.EOPNOTSUPP, "a reserved field is set")
-    context.find(argument.ioas_id, Ioas)
-    room = argument.num_iovas
-    for at, (start, last) in enumerate(ALLOWED[:room]):
+    space = context.find(argument.ioas_id, Ioas).space
+    usable, room = space.usable(), argument.num_iovas
+    for at, (start, last) in enumerate(usable[:room]):
         row = abi.IovaRange(start=start, last=last)
         caller.write(argument.allowed_iovas + at * row.SIZE, bytes(row))
-    argument.num_iovas = len(ALLOWED)
-    argument.out_iova_alignment = ALIGNMENT
-    return errno.EMSGSIZE if len(ALLOWED) > room else 0
+    argument.num_iovas = len(usable)
+    argument.out_iova_alignment = space.alignment
+    return errno.EMSGSIZE if len(usable) > room else 0
+
+
+def allow_iovas(context: Iommufd, argument: abi.IoasAllowIovas, caller: Caller) -> int:
+    """Make sure of ranges, which no attachment may narrow from here on."""
+    if argument.reserved:
+        raise OSError(errno.EOPNOTSUPP, "a reserved field is set")
+    space = context.find(argument.ioas_id, Ioas).space
+    ranges: list[tuple[int, int]] = []  # sorted
+    for at in range(argument.num_iovas):
+        address = argument.allowed_iovas + at * abi.IovaRange.SIZE
+        row = abi.IovaRange.parse(caller.read(address, abi.IovaRange.SIZE))
+        place = bisect(ranges, (row.start, row.last))
+        if row.start >= row.last or overlaps(
+            ranges[max(0, place - 1) : place + 1], row.start, row.last
+        ):
+            raise OSError(errno.EINVAL, "an empty range, or ranges that overlap")
+        ranges.insert(place, (row.start, row.last))
+    space.allow(ranges)
+    return 0
 
 
 def map_(context: Iommufd, argument: abi.IoasMap, caller: Caller) -> int:
@@ -157,7 +179,7 @@ def _place(
         space.check(argument.iova, argument.length)
     else:
         space.find_free(argument.length, start)
-    if start % ALIGNMENT:
+    if start % space.alignment:
         raise OSError(errno.EINVAL, "the memory does not begin at a page")
     memory, address = find()
     mapping = Mapping(

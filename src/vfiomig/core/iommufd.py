@@ -18,12 +18,12 @@ from typing import TypeAlias, TypeVar
 from vfiomig.abi import iommufd as abi
 from vfiomig.abi.ioctls import Dialect, FdKind, find
 from vfiomig.abi.uapi import UapiStruct
-from vfiomig.core import hwpt, ioas
+from vfiomig.core import hwpt, ioas, iommu_options
 from vfiomig.core.caller import Caller
 from vfiomig.core.hwpt import BoundDevice, Hwpt
 from vfiomig.core.ioas import Ioas
 from vfiomig.iommu import Backings
-from vfiomig.iommu.space import ALIGNMENT
+from vfiomig.iommu.limits import ALIGNMENT, OF_DEVICE, OF_TABLE
 
 __all__ = ("BoundDevice", "Iommufd", "read_extensible")
 
@@ -41,6 +41,10 @@ class Iommufd:
         self._last_id = 0
         #: The memory that its programs have mapped.
         self.backings = Backings()
+        #: Whether locked memory is counted for each process (1) or for each user (0).
+        self.rlimit_mode = 0
+        #: The id of the address space that stands for a container of the old interface, or 0.
+        self.vfio_ioas = 0
 
     def ioctl(self, number: int, arg: int, caller: Caller) -> int:
         """Answer a request; raise ``OSError`` with its errno."""
@@ -52,7 +56,7 @@ class Iommufd:
         argument = read_extensible(row.struct, row.minsz, size, arg, caller)
         handler, responds = served
         failure = handler(self, argument, caller)
-        if responds:
+        if responds(argument):
             self._respond(argument, size, arg, caller)
         if failure:
             raise OSError(failure, row.name)
@@ -69,6 +73,15 @@ class Iommufd:
                 self.remove(argument.out_hwpt_id)
             raise
 
+    def set_rlimit_mode(self, mode: int) -> None:
+        """Choose how locked memory is counted: EBUSY once there are objects."""
+        with self._lock:
+            if self._objects:
+                raise OSError(errno.EBUSY, "the iommufd has objects already")
+            if mode > 1:
+                raise OSError(errno.EINVAL, "for each user (0) or for each process (1)")
+            self.rlimit_mode = mode
+
     # Objects.
 
     def add(self, thing: Object) -> int:
@@ -81,9 +94,7 @@ class Iommufd:
             parent = self._objects.get(number)
             if parent is None:
                 raise OSError(errno.EINVAL, f"no object has the id {number}")
-            made = make(parent)
-            made.ioas.users += 1
-            return self._add_locked(made)
+            return self._add_table_locked(make(parent))
 
     def find(self, number: int, kind: type[_Kind]) -> _Kind:
         """Find an object of that kind; ENOENT for any other id."""
@@ -115,23 +126,30 @@ class Iommufd:
 
         Raises:
             OSError: ENOENT, or EINVAL for an object of another kind or an IOMMU that cannot do
-                what the page table does.
+                what the page table does, or EADDRINUSE for IOVAs that it does not leave usable.
         """
         with self._lock:
             thing = self._objects.get(number)
             if thing is None:
                 raise OSError(errno.ENOENT, f"no object has the id {number}")
-            if isinstance(thing, Ioas):
-                number, thing = self._automatic_locked(thing)
-            elif not isinstance(thing, Hwpt):
+            if isinstance(thing, BoundDevice):
                 raise OSError(errno.EINVAL, f"the object {number} is no page table and no IOAS")
-            elif thing.tracks and not device.tracks:
+            if isinstance(thing, Hwpt) and thing.tracks and not device.tracks:
                 raise OSError(errno.EINVAL, f"the IOMMU of {device.name} cannot track writes")
+            space = (thing if isinstance(thing, Ioas) else thing.ioas).space
+            space.limit(device, OF_DEVICE)
+            try:
+                if isinstance(thing, Ioas):
+                    number, thing = self._automatic_locked(thing)
+            except OSError:
+                space.unlimit(device)
+                raise
             thing.users += 1
             return number, thing
 
-    def detach(self, number: int, table: Hwpt) -> None:
+    def detach(self, number: int, table: Hwpt, device: BoundDevice) -> None:
         with self._lock:
+            table.ioas.space.unlimit(device)
             table.users -= 1
             if table.automatic and not table.users:
                 self._remove_locked(number, table)
@@ -141,9 +159,13 @@ class Iommufd:
         for number, thing in self._objects.items():
             if isinstance(thing, Hwpt) and thing.automatic and thing.ioas is over:
                 return number, thing
-        over.users += 1
         made = Hwpt(over, automatic=True)
-        return self._add_locked(made), made
+        return self._add_table_locked(made), made
+
+    def _add_table_locked(self, table: Hwpt) -> int:
+        table.ioas.space.limit(table, OF_TABLE)
+        table.ioas.users += 1
+        return self._add_locked(table)
 
     def _add_locked(self, thing: Object) -> int:
         self._last_id += 1
@@ -152,7 +174,10 @@ class Iommufd:
 
     def _remove_locked(self, number: int, thing: Object) -> None:
         del self._objects[number]
+        if number == self.vfio_ioas:
+            self.vfio_ioas = 0
         if isinstance(thing, Hwpt):
+            thing.ioas.space.unlimit(thing)
             thing.ioas.users -= 1
             thing.table.track(False)
 
@@ -178,17 +203,28 @@ def destroy(context: Iommufd, argument: abi.IommuDestroy, caller: Caller) -> int
     return context.remove(argument.id)
 
 
-#: What answers a request, and whether its struct is written back.
-SERVED: dict[str, tuple[Handler, bool]] = {
-    "IOMMU_DESTROY": (destroy, False),  # type: ignore[dict-item]  # the row names the struct
-    "IOMMU_IOAS_ALLOC": (ioas.alloc, True),  # type: ignore[dict-item]
-    "IOMMU_IOAS_IOVA_RANGES": (ioas.iova_ranges, True),  # type: ignore[dict-item]
-    "IOMMU_IOAS_MAP": (ioas.map_, True),  # type: ignore[dict-item]
-    "IOMMU_IOAS_MAP_FILE": (ioas.map_file, True),  # type: ignore[dict-item]
-    "IOMMU_IOAS_COPY": (ioas.copy, True),  # type: ignore[dict-item]
-    "IOMMU_IOAS_UNMAP": (ioas.unmap, True),  # type: ignore[dict-item]
-    "IOMMU_HWPT_ALLOC": (hwpt.alloc, True),  # type: ignore[dict-item]
-    "IOMMU_GET_HW_INFO": (hwpt.get_hw_info, True),  # type: ignore[dict-item]
-    "IOMMU_HWPT_SET_DIRTY_TRACKING": (hwpt.set_dirty_tracking, False),  # type: ignore[dict-item]
-    "IOMMU_HWPT_GET_DIRTY_BITMAP": (hwpt.get_dirty_bitmap, False),  # type: ignore[dict-item]
+def always(argument: UapiStruct) -> bool:  # noqa: ARG001
+    return True
+
+
+def never(argument: UapiStruct) -> bool:  # noqa: ARG001
+    return False
+
+
+#: What answers a request, and when its struct is written back.
+SERVED: dict[str, tuple[Handler, Callable[[UapiStruct], bool]]] = {
+    "IOMMU_DESTROY": (destroy, never),  # type: ignore[dict-item]  # the row names the struct
+    "IOMMU_IOAS_ALLOC": (ioas.alloc, always),  # type: ignore[dict-item]
+    "IOMMU_IOAS_IOVA_RANGES": (ioas.iova_ranges, always),  # type: ignore[dict-item]
+    "IOMMU_IOAS_MAP": (ioas.map_, always),  # type: ignore[dict-item]
+    "IOMMU_IOAS_MAP_FILE": (ioas.map_file, always),  # type: ignore[dict-item]
+    "IOMMU_IOAS_COPY": (ioas.copy, always),  # type: ignore[dict-item]
+    "IOMMU_IOAS_UNMAP": (ioas.unmap, always),  # type: ignore[dict-item]
+    "IOMMU_IOAS_ALLOW_IOVAS": (ioas.allow_iovas, never),  # type: ignore[dict-item]
+    "IOMMU_OPTION": (iommu_options.option, always),  # type: ignore[dict-item]
+    "IOMMU_VFIO_IOAS": (iommu_options.vfio_ioas, iommu_options.vfio_ioas_told),  # type: ignore[dict-item]
+    "IOMMU_HWPT_ALLOC": (hwpt.alloc, always),  # type: ignore[dict-item]
+    "IOMMU_GET_HW_INFO": (hwpt.get_hw_info, always),  # type: ignore[dict-item]
+    "IOMMU_HWPT_SET_DIRTY_TRACKING": (hwpt.set_dirty_tracking, never),  # type: ignore[dict-item]
+    "IOMMU_HWPT_GET_DIRTY_BITMAP": (hwpt.get_dirty_bitmap, never),  # type: ignore[dict-item]
 }

@@ -220,7 +220,9 @@ def _map_first(
             if (status.st_dev, status.st_ino) != identity:
                 continue
             if status.st_size > WHOLE:
-                return (*identity, offset, length), _map(fd.fileno(), offset, length)
+                start = offset & -PAGE
+                key = (*identity, offset, length)
+                return key, _map(fd.fileno(), start, offset + length - start)
             if offset + length <= status.st_size:
                 return identity, _map(fd.fileno(), 0, status.st_size)
     raise RequestError(errno.ENOENT, "nothing leads to that part of the file")

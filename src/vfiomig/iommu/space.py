@@ -5,8 +5,7 @@ Theory of operation
 Mappings never overlap and are kept sorted by IOVA, so a lookup is one bisection. A mapping can
 only be removed whole, as iommufd has it: an unmap that would cut one is refused before anything
 is removed. Rules, errnos and their order: drivers/iommu/iommufd (``IOMMU_IOAS_MAP``, ``..._COPY``
-and ``..._UNMAP`` in include/uapi/linux/iommufd.h), with an alignment of one page as an attached
-IOMMU asks for it.
+and ``..._UNMAP`` in include/uapi/linux/iommufd.h); limits.py says which IOVAs there are.
 
 A device's access is made while ``lock`` is held (port.py), from the lookup to the last byte and
 its mark in the logs. So when an unmap has returned, nothing is under way to what it removed, and
@@ -23,17 +22,22 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from vfiomig.errors import RequestError
+from vfiomig.iommu.limits import (
+    ALIGNMENT,
+    ALLOWED,
+    OF_DEVICE,
+    OF_TABLE,
+    IovaLimits,
+    Limit,
+    overlaps,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Sequence
+
     from vfiomig.iommu.dirty import DirtyLog
 
 __all__ = ("ALIGNMENT", "ALLOWED", "IoSpace", "Mapping", "Memory")
-
-#: Bytes; IOVA and length of a mapping are multiples.
-ALIGNMENT = 4096
-#: IOVA ranges (first, last) that may be mapped: 48 bits without the window that x86 keeps for
-#: message signalled interrupts.
-ALLOWED = ((0, 0xFEDF_FFFF), (0xFEF0_0000, (1 << 48) - 1))
 
 
 class Memory(Protocol):
@@ -75,15 +79,90 @@ class Mapping:
 
 
 class IoSpace:
-    """The mappings of one IO address space. Safe for concurrent use."""
+    """The mappings of one IO address space. Safe for concurrent use.
 
-    def __init__(self) -> None:
+    ``limits`` hold from the start, whoever uses it: those of a device behind a page table.
+    """
+
+    def __init__(self, limits: Iterable[Limit] = (OF_TABLE, OF_DEVICE)) -> None:
         #: Held during every access. ``_locked`` methods and ``logs`` are for who holds it.
         self.lock = threading.Lock()
         #: Logs of page tables of this space: they forget what is unmapped.
         self.logs: list[DirtyLog] = []
+        self._limits = IovaLimits(limits)
         self._mappings: list[Mapping] = []
         self._starts: list[int] = []
+
+    # What may be mapped.
+
+    @property
+    def alignment(self) -> int:
+        """What IOVA, length and address of a mapping are multiples of."""
+        return self._limits.alignment
+
+    def usable(self) -> list[tuple[int, int]]:
+        """Return the ranges, first byte and last, that may be mapped."""
+        with self.lock:
+            return self._limits.usable()
+
+    def limit(self, owner: Hashable, limit: Limit) -> None:
+        """Narrow the space for ``owner``, which calls ``unlimit`` as often.
+
+        Raises:
+            RequestError: EADDRINUSE if that conflicts with a mapping, or what ``allow`` promised.
+        """
+        with self.lock:
+            self._require_aligned_locked(limit.alignment)
+            for first, last in limit.reserved:
+                mapped = any(m.iova <= last and first < m.end for m in self._mappings)
+                if mapped or overlaps(self._limits.allowed, first, last):
+                    raise RequestError(
+                        errno.EADDRINUSE, f"IOVA {first:#x} to {last:#x} is in use, or promised"
+                    )
+            self._limits.add(owner, limit)
+
+    def unlimit(self, owner: Hashable) -> None:
+        with self.lock:
+            self._limits.remove(owner)
+
+    def allow(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Promise that these ranges stay usable, in place of what was promised before.
+
+        Raises:
+            RequestError: EADDRINUSE if one of them is not usable.
+        """
+        with self.lock:
+            for first, last in ranges:
+                if self._limits.reserves(first, last):
+                    raise RequestError(
+                        errno.EADDRINUSE, f"IOVA {first:#x} to {last:#x} is reserved"
+                    )
+            self._limits.allowed = ranges
+
+    @property
+    def large_pages(self) -> bool:
+        """Whether an IOMMU may map in pages that are larger than the system's."""
+        return self._limits.large_pages
+
+    def set_large_pages(self, on: bool, *, in_use: bool) -> None:
+        """Allow large pages or not; ``in_use`` tells whether page tables hold the mappings.
+
+        Raises:
+            RequestError: EINVAL when there are such mappings, EADDRINUSE for those that are no
+                whole pages.
+        """
+        with self.lock:
+            if not on and self._limits.large_pages:
+                if in_use and self._mappings:
+                    raise RequestError(errno.EINVAL, "there are mappings, maybe in large pages")
+                self._require_aligned_locked(ALIGNMENT)
+            self._limits.large_pages = on
+
+    def _require_aligned_locked(self, alignment: int) -> None:
+        if any((m.iova | m.length | m.address) % alignment for m in self._mappings):
+            raise RequestError(errno.EADDRINUSE, "a mapping does not consist of pages")
+
+    # Mappings.
 
     def map(self, *mappings: Mapping) -> None:
         """Add mappings, each of which begins where the one before ends: all of them or none.
@@ -189,19 +268,19 @@ class IoSpace:
         for mapping in mappings:
             if mapping.writable and not mapping.may_write:
                 raise RequestError(errno.EPERM, "the memory was mapped for reading only")
-            if mapping.address % ALIGNMENT:
+            if mapping.address % self._limits.alignment:
                 raise RequestError(errno.EINVAL, "the memory does not begin at a page")
         at = bisect_right(self._starts, mappings[0].iova)
         self._mappings[at:at] = mappings
         self._starts[at:at] = [mapping.iova for mapping in mappings]
 
     def _check_locked(self, iova: int, length: int) -> None:
-        if not length or (iova | length) % ALIGNMENT:
+        if not length or (iova | length) % self._limits.alignment:
             raise RequestError(errno.EINVAL, "IOVA and length are multiples of the page size")
         last = iova + length - 1
         if last >= 1 << 64:
             raise RequestError(errno.EOVERFLOW, "the mapping leaves the 64-bit address space")
-        if not any(first <= iova and last <= end for first, end in ALLOWED):
+        if self._limits.reserves(iova, last):
             raise RequestError(errno.EINVAL, f"IOVA {iova:#x} lies in a reserved range")
         at = bisect_right(self._starts, iova)
         before_overlaps = at and self._mappings[at - 1].end > iova
@@ -210,23 +289,24 @@ class IoSpace:
             raise RequestError(errno.EEXIST, f"IOVA {iova:#x} is mapped already")
 
     def _find_free_locked(self, length: int, hint: int) -> int:
-        if length % ALIGNMENT:
+        if length % self._limits.alignment:
             raise RequestError(errno.EINVAL, "the length is a multiple of the page size")
         if not 0 < length < (1 << 63) - 1:
             raise RequestError(errno.EOVERFLOW, f"{length} bytes are more than any room")
         step = 1 << (length - 1).bit_length()
         if hint:
             step = min(step, hint & -hint)
-        if step < ALIGNMENT:
+        if step < self._limits.alignment:
             raise RequestError(errno.EINVAL, "the memory does not begin at a page")
-        for first, last in ALLOWED:
-            at = _round_up(max(first, ALIGNMENT), step)
+        offset = hint % ALIGNMENT
+        for first, last in self._limits.automatic():
+            at = _round_up(first, step) | offset
             for mapping in self._mappings:
                 if mapping.end <= at:
                     continue
                 if mapping.iova >= at + length:
                     break
-                at = _round_up(mapping.end, step)
+                at = _round_up(mapping.end, step) | offset
             if at + length - 1 <= last:
                 return at
         raise RequestError(errno.ENOSPC, f"no {length} contiguous bytes of IOVA are free")

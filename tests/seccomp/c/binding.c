@@ -204,9 +204,28 @@ static void section_ioas_alloc_and_destroy(void)
 	close(other);
 }
 
+static long attach_to(int dev, uint32_t argsz, uint32_t flags, uint32_t id, uint32_t *given)
+{
+	struct attach argument = { .argsz = argsz, .flags = flags, .pt_id = id };
+	long result = ioctl(dev, DEVICE_ATTACH_IOMMUFD_PT, &argument);
+
+	if (given)
+		*given = argument.pt_id;
+	return result;
+}
+
+/* Attach a device to an IOAS: only then it consists of pages, and not of all 64 bits. */
+static int attached_device(int iommufd, uint32_t ioas)
+{
+	int dev = open_device(0);
+
+	need(!bind_to(dev, iommufd) && !attach_to(dev, 12, 0, ioas, NULL), "a device");
+	return dev;
+}
+
 static void section_ioas_iova_ranges(void)
 {
-	int iommufd = open_iommu();
+	int iommufd = open_iommu(), dev;
 	struct iova_range ranges[16] = { { 1, 1 } };
 	struct iova_ranges argument = {
 		.size = 31, .ioas_id = alloc_ioas(iommufd), .allowed_iovas = (uintptr_t)ranges,
@@ -214,6 +233,7 @@ static void section_ioas_iova_ranges(void)
 	uint32_t room;
 	long result;
 
+	dev = attached_device(iommufd, argument.ioas_id);
 	say("size 31 = %s", outcome(ioctl(iommufd, IOMMU_IOAS_IOVA_RANGES, &argument)));
 	argument.size = 32;
 	argument.reserved = 1;
@@ -232,6 +252,7 @@ static void section_ioas_iova_ranges(void)
 	say("ranges to nowhere = %s", outcome(ioctl(iommufd, IOMMU_IOAS_IOVA_RANGES, &argument)));
 	argument.ioas_id = 9999;
 	say("unknown id = %s", outcome(ioctl(iommufd, IOMMU_IOAS_IOVA_RANGES, &argument)));
+	close(dev);
 	close(iommufd);
 }
 
@@ -255,9 +276,11 @@ static void section_ioas_map(void)
 	char *guarded = mmap(NULL, 2 * page_size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	const int both = WRITEABLE | READABLE, all = FIXED | both;
 	struct ioas_map argument = { .size = 39 };
+	int dev;
 
 	map_fd = open_iommu();
 	map_id = alloc_ioas(map_fd);
+	dev = attached_device(map_fd, map_id);
 	munmap(guarded + page_size, page_size);
 	say("size 39 = %s", outcome(ioctl(map_fd, IOMMU_IOAS_MAP, &argument)));
 	say("unknown flag = %s", outcome(map_at(all | 8, memory, page_size, BUS)));
@@ -285,6 +308,7 @@ static void section_ioas_map(void)
 	say("anywhere = %s", outcome(map_at(both, memory, page_size, 0)));
 	map_id = 9999;
 	say("unknown id = %s", outcome(map_at(all, memory, page_size, BUS)));
+	close(dev);
 	close(map_fd);
 }
 
@@ -324,16 +348,6 @@ static void section_ioas_unmap(void)
 	map_id = 9999;
 	say_unmap("unknown id", BUS, page_size);
 	close(map_fd);
-}
-
-static long attach_to(int dev, uint32_t argsz, uint32_t flags, uint32_t id, uint32_t *given)
-{
-	struct attach argument = { .argsz = argsz, .flags = flags, .pt_id = id };
-	long result = ioctl(dev, DEVICE_ATTACH_IOMMUFD_PT, &argument);
-
-	if (given)
-		*given = argument.pt_id;
-	return result;
 }
 
 static long detach(int dev, uint32_t argsz, uint32_t flags)

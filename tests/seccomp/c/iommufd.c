@@ -2,19 +2,14 @@
  * Page tables of an iommufd, copies, files, and IOMMU dirty tracking; and what memory a device
  * reaches through them. vfio0, commanded, writes 64 bytes and reads 16 wherever it is told to.
  */
-#include "check.h"
+#include "iommufd.h"
 
 #define IOMMU_IOAS_COPY 0x3B83
-#define IOMMU_HWPT_ALLOC 0x3B89
 #define IOMMU_GET_HW_INFO 0x3B8A
 #define IOMMU_HWPT_SET_DIRTY_TRACKING 0x3B8B
 #define IOMMU_HWPT_GET_DIRTY_BITMAP 0x3B8C
 #define IOMMU_IOAS_MAP_FILE 0x3B8F
 
-struct ioas_map {
-	uint32_t size, flags, ioas_id, reserved;
-	uint64_t user_va, length, iova;
-};
 struct ioas_map_file {
 	uint32_t size, flags, ioas_id;
 	int32_t fd;
@@ -23,13 +18,6 @@ struct ioas_map_file {
 struct ioas_copy {
 	uint32_t size, flags, dst_ioas_id, src_ioas_id;
 	uint64_t length, dst_iova, src_iova;
-};
-struct ioas_unmap { uint32_t size, ioas_id; uint64_t iova, length; };
-struct destroy { uint32_t size, id; };
-struct hwpt_alloc {
-	uint32_t size, flags, dev_id, pt_id, out_hwpt_id, reserved, data_type, data_len;
-	uint64_t data_uptr;
-	uint32_t fault_id, reserved2;
 };
 struct hw_info {
 	uint32_t size, flags, dev_id, data_len;
@@ -47,78 +35,7 @@ struct start { uint32_t argsz, flags; uint64_t page_size; uint32_t num_ranges, r
 struct report { uint32_t argsz, flags; uint64_t iova, length, page_size, bitmap; };
 struct range { uint64_t iova, length; };
 
-#define FIXED 1u
-#define WRITEABLE 2u
-#define READABLE 4u
-#define ALL (FIXED | WRITEABLE | READABLE)
-#define TRACKING 2u
-
-#define BUS ((uint64_t)0x40000000)
-#define PAGE 4096ull
 #define PAGES 64ull
-
-/* What every section works with. */
-static int dev, iommufd;
-static uint32_t devid, ioas;
-
-static uint32_t new_ioas(void)
-{
-	uint32_t alloc[3] = { 12 };
-
-	need(!ioctl(iommufd, IOMMU_IOAS_ALLOC, alloc), "IOAS_ALLOC");
-	return alloc[2];
-}
-
-static void begin(void)
-{
-	struct bind bind = { .argsz = 16 };
-
-	dev = open_device(0);
-	iommufd = bind.iommufd = open_iommu();
-	need(!ioctl(dev, DEVICE_BIND_IOMMUFD, &bind), "BIND_IOMMUFD");
-	devid = bind.out_devid;
-	ioas = new_ioas();
-}
-
-static void end(void)
-{
-	close(dev);
-	close(iommufd);
-}
-
-static long destroy(uint32_t id)
-{
-	return ioctl(iommufd, IOMMU_DESTROY, &(struct destroy){ 8, id });
-}
-
-static long attach(uint32_t id, uint32_t *given)
-{
-	struct attach argument = { .argsz = 12, .pt_id = id };
-	long result = ioctl(dev, DEVICE_ATTACH_IOMMUFD_PT, &argument);
-
-	if (given)
-		*given = argument.pt_id;
-	return result;
-}
-
-static long new_hwpt(uint32_t flags, uint32_t *id)
-{
-	struct hwpt_alloc argument = { .size = 48, .flags = flags, .dev_id = devid, .pt_id = ioas };
-	long result = ioctl(iommufd, IOMMU_HWPT_ALLOC, &argument);
-
-	*id = argument.out_hwpt_id;
-	return result;
-}
-
-static long map_at(uint32_t flags, void *memory, uint64_t length, uint64_t iova)
-{
-	struct ioas_map argument = {
-		.size = 40, .flags = flags, .ioas_id = ioas, .user_va = (uintptr_t)memory,
-		.length = length, .iova = iova,
-	};
-
-	return ioctl(iommufd, IOMMU_IOAS_MAP, &argument);
-}
 
 static long map_file(uint32_t flags, int fd, uint64_t start, uint64_t length, uint64_t iova)
 {
@@ -138,19 +55,6 @@ static long copy(uint32_t to, uint32_t flags, uint64_t from_iova, uint64_t lengt
 	};
 
 	return ioctl(iommufd, IOMMU_IOAS_COPY, &argument);
-}
-
-static long unmap(uint64_t iova, uint64_t length)
-{
-	return ioctl(iommufd, IOMMU_IOAS_UNMAP, &(struct ioas_unmap){ 24, ioas, iova, length });
-}
-
-static void *anonymous(uint64_t length)
-{
-	void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	need(memory != MAP_FAILED, "mmap");
-	return memory;
 }
 
 static int new_memfd(uint64_t length, bool sealed)
@@ -333,6 +237,7 @@ static void section_copy(void)
 
 	begin();
 	target = new_ioas();
+	need(!attach(target, NULL), "ATTACH");
 	need(!map_at(ALL, memory, 2 * PAGE, BUS), "IOAS_MAP");
 	need(!map_at(FIXED | READABLE, memory + 2 * PAGE, PAGE, BUS + 2 * PAGE), "IOAS_MAP");
 	say("size 39 = %s", outcome(ioctl(iommufd, IOMMU_IOAS_COPY, &argument)));
@@ -349,7 +254,6 @@ static void section_copy(void)
 	say("for reading = %s", outcome(copy(target, FIXED | READABLE, BUS, 3 * PAGE, BUS)));
 	say("the same again = %s", outcome(copy(target, FIXED | READABLE, BUS, PAGE, BUS)));
 	say("the middle = %s", outcome(copy(target, ALL, BUS + PAGE, PAGE, BUS + 8 * PAGE)));
-	need(!attach(target, NULL), "ATTACH");
 	need(!unmap(BUS, 3 * PAGE), "IOAS_UNMAP");
 	memcpy(memory + 2 * PAGE - 8, "over two mapping", 16);
 	say("DMA read = %s", dma_read(BUS + 2 * PAGE - 8));

@@ -12,6 +12,7 @@ from vfiomig.abi.syscalls import X86_64
 from vfiomig.descriptors import EventFd, Fd
 from vfiomig.doors.syscall.opened import IommufdOpen
 from vfiomig.memory import CallMemory, MemoryFault, ProcessMemory
+from vfiomig.process import capable, process_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from vfiomig.doors.syscall.opened import Table
     from vfiomig.iommu import Backings, Place
 
-__all__ = ("SyscallCaller", "process_of")
+__all__ = ("SyscallCaller",)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -57,6 +58,9 @@ class SyscallCaller:
             raise OSError(errno.EINVAL, f"{number} is a device or what belongs to one")
         return Fd(self._share(number))
 
+    def capable(self, capability: int) -> bool:
+        return capable(self._call.tid, capability)
+
     def return_fd(self, migf: Migf, address: int, render: Callable[[int], bytes]) -> None:
         """Give the program a descriptor and write its number, or neither.
 
@@ -89,18 +93,6 @@ class SyscallCaller:
             if copy < 0:
                 raise OSError(ctypes.get_errno(), f"descriptor {number} cannot be shared")
         return int(copy)
-
-
-def process_of(tid: int) -> int:
-    """Process that a thread belongs to; the thread itself if it is gone."""
-    try:
-        with open(f"/proc/{tid}/status", encoding="utf-8", errors="replace") as status:
-            for line in status:
-                if line.startswith("Tgid:"):
-                    return int(line.split()[1])
-    except OSError:
-        pass
-    return tid
 
 
 def _table_is_full(tid: int) -> bool:
