@@ -104,5 +104,18 @@ class Iommu:
         return result, bits_of(bitmap.raw)
 
 
+class Nothing:
+    """Memory that nobody looks at."""
+
+    def read(self, address: int, length: int) -> bytes:
+        raise NotImplementedError
+
+    def read_into(self, address: int, view: memoryview) -> int:
+        raise NotImplementedError
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        raise NotImplementedError
+
+
 def bits_of(bitmap: bytes) -> set[int]:
     return {bit for bit in range(len(bitmap) * 8) if bitmap[bit >> 3] >> (bit & 7) & 1}

@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from iommu_requests import Nothing
 from vfiomig.errors import RequestError
 from vfiomig.iommu import IoSpace, Mapping
 from vfiomig.iommu.limits import ALIGNMENT, Limit
@@ -25,19 +26,6 @@ BEYOND = Limit(((PAGES * PAGE, (1 << 64) - 1),), PAGE)
 runs = st.tuples(st.integers(0, PAGES - 1), st.integers(1, 6)).map(
     lambda run: range(run[0], min(PAGES, run[0] + run[1]))
 )
-
-
-class Nothing:
-    """Memory that nobody looks at."""
-
-    def read(self, address: int, length: int) -> bytes:
-        raise NotImplementedError
-
-    def read_into(self, address: int, view: memoryview) -> int:
-        raise NotImplementedError
-
-    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        raise NotImplementedError
 
 
 def mapping(run: range) -> Mapping:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from in_process import PAGE, Pages, Program, Scripted
-from iommu_requests import FIXED, READABLE, U64_MAX, Iommu, words
+from iommu_requests import FIXED, READABLE, U64_MAX, Iommu, Nothing, words
 from vfiomig.abi import iommufd as abi
 from vfiomig.abi import vfio
 from vfiomig.descriptors import create_sealed_memfd
@@ -424,18 +424,8 @@ def test_limits_that_overlap_are_one_gap() -> None:
 
 
 def test_an_unaligned_address_alone_is_in_the_way_of_a_page_table() -> None:
-    class Nowhere:
-        def read(self, address: int, length: int) -> bytes:
-            raise NotImplementedError
-
-        def read_into(self, address: int, view: memoryview) -> int:
-            raise NotImplementedError
-
-        def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-            raise NotImplementedError
-
     space = IoSpace(limits=())
-    space.map(Mapping(PAGE, PAGE, Nowhere(), 8, readable=True, writable=True))
+    space.map(Mapping(PAGE, PAGE, Nothing(), 8, readable=True, writable=True))
     with pytest.raises(OSError, match="consist of pages") as caught:
         space.limit("table", OF_TABLE)
     assert caught.value.errno == errno.EADDRINUSE
