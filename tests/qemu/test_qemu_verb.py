@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -47,11 +48,18 @@ def run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
     )
 
 
-@pytest.mark.parametrize("machine", ["q35", "pc"])
+#: QEMU's refusal of a KVM that is not there is the business of test_qemu_kvm.
+HAS_KVM = os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
+@pytest.mark.parametrize(
+    ("accel", "machine"), [("tcg", "q35"), ("tcg", "pc"), *[("kvm", "q35")] * HAS_KVM]
+)
 def test_a_machine_boots_from_its_device_and_its_end_is_the_exit_code(
-    parts: GuestParts, disk: str, machine: str
+    parts: GuestParts, disk: str, accel: str, machine: str
 ) -> None:
-    command = vfiomig_qemu(parts, "--machine", machine, "--device", disk, "--device", "mtty")
+    devices = ("--device", disk, "--device", "mtty")
+    command = vfiomig_qemu(parts, "--machine", machine, "--accel", accel, *devices)
     done = run([*command, "--", *EXIT_DEVICE])
     assert done.returncode == CODE, done.stderr
     assert SAYS in done.stdout

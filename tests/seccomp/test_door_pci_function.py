@@ -227,6 +227,32 @@ def test_descriptors_of_any_other_kind_are_refused(tmp_path: Path) -> None:
     assert run(tmp_path, body, Interrupter(), "exact") == 0
 
 
+def test_an_unmask_eventfd_that_was_closed_is_not_in_the_way_of_the_next(tmp_path: Path) -> None:
+    """As QEMU does it under KVM: the kernel lets go of an eventfd when it is closed."""
+    body = r"""
+    int main(void)
+    {
+        int device = use_device(0);
+        int intx = event(), first = event(), copy = dup(first), second = event();
+        IS(set_irqs(device, EVENTFD | TRIGGER, INTX, 0, 1, &intx), 0);
+        IS(set_irqs(device, EVENTFD | UNMASK, INTX, 0, 1, &first), 0);
+        FAILS(set_irqs(device, EVENTFD | UNMASK, INTX, 0, 1, &second), EBUSY);
+        close(first);
+        FAILS(set_irqs(device, EVENTFD | UNMASK, INTX, 0, 1, &second), EBUSY);
+        close(copy);
+        IS(set_irqs(device, EVENTFD | UNMASK, INTX, 0, 1, &second), 0);
+        command(device, 0, 1);
+        IS(signals(intx, 5000), 1);
+        uint64_t one = 1;
+        CHECK(write(second, &one, 8) == 8);
+        IS(signals(intx, 5000), 1);
+        puts("ok");
+        return 0;
+    }
+    """
+    assert run(tmp_path, body, Interrupter(), "exact") == 0
+
+
 def test_triggers_are_dropped_at_reset_and_at_the_last_close(tmp_path: Path) -> None:
     body = r"""
     int main(void)

@@ -6,6 +6,8 @@ import mmap
 import os
 import select
 import socket
+import subprocess
+import sys
 import time
 import warnings
 
@@ -161,6 +163,32 @@ def test_a_full_eventfd_stays_full_and_nobody_waits() -> None:
     with EventFd(os.dup(number)) as eventfd:
         eventfd.signal()
     assert os.eventfd_read(number) == full
+    os.close(number)
+
+
+def test_an_eventfd_is_given_up_when_its_owner_has_closed_every_copy() -> None:
+    number = os.eventfd(0)
+    program = "import os, sys; sys.stdin.read(1); os.close(int(sys.argv[1])); print(); input()"
+    with (
+        EventFd(os.dup(number)) as own,
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(number)],
+            pass_fds=[number],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as other,
+        EventFd(os.dup(number), owner=other.pid) as shared,
+    ):
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert not shared.is_given_up()
+        other.stdin.write(b"x")
+        other.stdin.flush()
+        assert other.stdout.readline() == b"\n"
+        assert shared.is_given_up()
+        assert not own.is_given_up(), "whose owner nobody knows"
+        other.stdin.write(b"\n")
+    assert other.returncode == 0
     os.close(number)
 
 

@@ -215,16 +215,21 @@ class Irqs(Interrupts):
             self._intx.unmask()
 
     def _watch_unmask(self, number: int, find: Find) -> None:
-        if number >= 0:
-            eventfd = find(number)
-            if self._intx.unmask_watcher is not None:
-                eventfd.close()
-                raise OSError(errno.EBUSY, "an eventfd unmasks INTx already")
-            self._intx.unmask_watcher = UnmaskWatcher(eventfd, self._unmask)
-        else:
-            watcher, self._intx.unmask_watcher = self._intx.unmask_watcher, None
+        watcher = self._intx.unmask_watcher
+        if number < 0:
+            self._intx.unmask_watcher = None
             if watcher is not None:
                 watcher.close()
+            return
+        eventfd = find(number)
+        if watcher is not None:
+            # One that was closed makes room for the next, by which QEMU changes it under KVM.
+            if not watcher.is_given_up:
+                eventfd.close()
+                raise OSError(errno.EBUSY, "an eventfd unmasks INTx already")
+            watcher.close()
+        self._intx.unmask_watcher = None
+        self._intx.unmask_watcher = UnmaskWatcher(eventfd, self._unmask)
 
     def _intx_trigger(self, header: vfio.IrqSet, data: Sequence[int], find: Find) -> None:
         if self._enabled == INTX and not header.count and header.flags & NONE:

@@ -35,6 +35,11 @@ class UnmaskWatcher:
             self._close_descriptors()
             raise OSError(errno.EAGAIN, "no thread can be started") from no_thread
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether the program has closed the eventfd, so that nobody can signal it any more."""
+        return self._eventfd.is_given_up()
+
     def close(self) -> None:
         """End it. ``unmask`` is not under way when this returns."""
         os.eventfd_write(self._over.fileno(), 1)

@@ -84,7 +84,7 @@ class SyscallCaller:
         raise OSError(errno.EBADFD if is_open else errno.EBADF, f"{number} is no iommufd")
 
     def eventfd(self, number: int) -> EventFd:
-        return EventFd(self._share(number))
+        return EventFd(self._share(number), owner=process_of(self._call.tid))
 
     def _share(self, number: int) -> int:
         with Fd(os.pidfd_open(process_of(self._call.tid))) as process:
