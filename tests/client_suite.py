@@ -493,6 +493,84 @@ def the_log_tells_what_the_device_wrote(dev: DeviceClient) -> None:
 
 
 @case(f"{DEVICES}:Ring", dialects=LANDED)
+def the_iommu_tells_what_the_device_wrote(dev: DeviceClient) -> None:
+    length = 16 * 4096
+
+    def ring(*addresses: int) -> None:
+        for iova in addresses:
+            dev.write_region(0, 0, iova.to_bytes(8, "little"))
+
+    def dirty(page_size: int = 4096, *, clear: bool = True) -> list[tuple[int, int]]:
+        bitmap = dev.report_iommu_tracking(0x100000, length, page_size, clear=clear)
+        return list(dirty_ranges(bitmap, 0x100000, length, page_size))
+
+    assert dev.iommu_dirty_tracking
+    with mmap.mmap(-1, length) as memory:
+        dev.map(0x100000, memory)
+        ring(0x100000)  # by the page table that cannot track
+        with raises(errno.EINVAL):
+            dirty()
+        dev.start_iommu_tracking()
+        tracking_before = dev.iommu_tracking
+        assert dirty() == []
+        ring(0x100000, 0x102FF8, 0x10F000)
+        assert memory[0x2FF8:0x3008] == b"written by DMA!!"
+        expected = [(0x100000, 4096), (0x102000, 8192), (0x10F000, 4096)]
+        assert dirty(clear=False) == expected
+        assert dirty() == expected
+        assert dirty() == []
+        ring(0x103000)
+        assert dirty(8192) == [(0x102000, 8192)]
+        ring(0x104000)
+        dev.start_iommu_tracking()  # anew
+        assert dirty() == []
+        for wrong in (0, 100):
+            with raises(errno.EINVAL):
+                dev.report_iommu_tracking(0x100000, wrong)
+        dev.stop_iommu_tracking()
+        assert (tracking_before, dev.iommu_tracking) == (True, False)
+        with raises(errno.EINVAL):
+            dirty()
+        ring(0x105000)
+        dev.start_iommu_tracking()
+        assert dirty() == []
+        dev.stop_iommu_tracking()
+        dev.stop_iommu_tracking()
+        assert dev.unmap(0x100000, length) == length
+
+
+@case(f"{DEVICES}:Ring", dialects=LANDED)
+def the_iommu_tracks_before_anything_is_mapped_and_over_a_reset(dev: DeviceClient) -> None:
+    dev.stop_iommu_tracking()
+    dev.start_iommu_tracking()
+    with mmap.mmap(-1, 8192) as memory:
+        dev.map(0x100000, memory)
+        dev.start_dma_logging([(0x100000, 4096)])
+        dev.write_region(0, 0, (0x100FF8).to_bytes(8, "little"))
+        dev.reset()
+        assert dev.report_dma_logging(0x100000, 8192)[0] == 1
+        assert dev.report_iommu_tracking(0x100000, 8192)[0] == 3
+        dev.unmap(0x100000, 8192)
+
+
+@case(f"{DEVICES}:Untracked", dialects=LANDED)
+def an_iommu_that_cannot_track_says_so_and_the_device_works_on(dev: DeviceClient) -> None:
+    assert not dev.iommu_dirty_tracking
+    with raises(errno.EOPNOTSUPP) as caught:
+        dev.start_iommu_tracking()
+    assert "start_dma_logging" in str(caught[0])
+    assert not dev.iommu_tracking
+    dev.stop_iommu_tracking()
+    with mmap.mmap(-1, 4096) as memory:
+        dev.map(0x100000, memory)
+        with raises(errno.EOPNOTSUPP):
+            dev.start_iommu_tracking()
+        dev.write_region(0, 0, (0x100000).to_bytes(8, "little"))
+        assert memory[:16] == b"written by DMA!!"
+        dev.unmap(0x100000, 4096)
+
+
+@case(f"{DEVICES}:Ring", dialects=LANDED)
 def memory_that_cannot_be_mapped_is_refused(dev: DeviceClient) -> None:
     with mmap.mmap(-1, 8192) as memory:
         with raises(errno.EINVAL), memoryview(memory)[1:4097] as unaligned:

@@ -109,6 +109,12 @@ class Ring(Device):
         self.dma.write(int.from_bytes(data, "little"), b"written by DMA!!")
 
 
+class Untracked(Ring):
+    """The IOMMU in front of it cannot track its writes."""
+
+    iommu_dirty_tracking = False
+
+
 class Bell(Device):
     """BAR0: byte 0 is the level of INTx, writing byte 1 sends that MSI-X vector.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import pytest
 
 import vfiomig
+from only_requests import OnlyRequests
 from suite_devices import Closed
 from vfiomig import Device, SpecError, TargetError
 from vfiomig.abi import iommufd, vfio
@@ -87,18 +88,13 @@ def test_a_node_that_does_not_open_says_what_to_do(
     assert "vfio0" in str(caught.value)
 
 
-class Kernel:
+class Kernel(OnlyRequests):
     """A transport whose device knows BIND and the probes only."""
 
-    device = 3
-    about: ClassVar[dict[str, str | int | bool]] = {}
-
     def __init__(self, bind: int, probes: tuple[int, int], iommufd_number: int = 4) -> None:
-        self.iommufd = iommufd_number
+        super().__init__(iommufd_number)
         self.bind = bind
         self.probes = dict(zip((1, 2), probes, strict=True))
-        self.requests: list[int] = []
-        self.closed: list[int] = []
 
     def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
         assert argument is not None
@@ -113,21 +109,6 @@ class Kernel:
         if failure:
             raise OSError(failure, os.strerror(failure))
         return 0
-
-    def readinto(self, data_fd: int, buffer: memoryview) -> int:
-        raise NotImplementedError
-
-    def write(self, data_fd: int, data: memoryview) -> int:
-        raise NotImplementedError
-
-    def pread(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError
-
-    def pwrite(self, offset: int, data: bytes) -> int:
-        raise NotImplementedError
-
-    def close(self, number: int) -> None:
-        self.closed.append(number)
 
 
 @pytest.mark.parametrize(

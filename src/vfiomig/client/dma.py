@@ -1,7 +1,9 @@
 """Memory for a device's DMA, and the log of what it wrote there.
 
 Memory reaches the device by way of an IO address space of the iommufd, made and attached when
-the first piece is mapped. The log speaks in bitmaps, ``dirty_ranges`` in ranges. Requests:
+the first piece is mapped. The device may log what it writes there, and so may the IOMMU in front of
+it: for that the device moves to a page table over the same address space that can track writes,
+which only some IOMMUs have. Both logs speak in bitmaps, ``dirty_ranges`` in ranges. Requests:
 include/uapi/linux/iommufd.h and the DMA_LOGGING features in include/uapi/linux/vfio.h.
 """
 
@@ -25,15 +27,23 @@ if TYPE_CHECKING:
 __all__ = ("AddressSpace", "dirty_ranges", "report_logging", "start_logging", "stop_logging")
 
 PAGE = 4096
+#: What a kernel answers that knows the iommufd but not the request.
+UNKNOWN = {errno.ENOTTY, errno.EOPNOTSUPP}
 READ_WRITE = iommufd.IOMMU_IOAS_MAP_READABLE | iommufd.IOMMU_IOAS_MAP_WRITEABLE
 
 
 class AddressSpace:
     """The IO address space of one device. Memory in it stays put until it is unmapped."""
 
-    def __init__(self, requests: Requests) -> None:
+    def __init__(self, requests: Requests, devid: int | None) -> None:
+        """``devid`` is what the iommufd calls the device, if that was bound to one."""
         self._requests = requests
+        self._devid = devid
         self._ioas = 0
+        #: The page table that tracks writes, once it was asked for.
+        self._table = 0
+        #: Whether it does now.
+        self.tracking = False
         #: By IOVA: length, and the hold on the buffer that keeps it from going away.
         self._mapped: dict[int, tuple[int, object]] = {}
 
@@ -73,18 +83,100 @@ class AddressSpace:
         if not self._ioas:
             space = iommufd.IoasAlloc(size=iommufd.IoasAlloc.SIZE)
             self._requests.on(self._iommufd(), iommufd.IOMMU_IOAS_ALLOC, space)
-            attach = vfio.AttachIommufdPt(
-                argsz=vfio.AttachIommufdPt.end_of("pt_id"), pt_id=space.out_ioas_id
-            )
-            self._requests.on_device(vfio.VFIO_DEVICE_ATTACH_IOMMUFD_PT, attach)
+            self._attach(space.out_ioas_id)
             self._ioas = space.out_ioas_id
         return self._ioas
+
+    def _attach(self, number: int) -> None:
+        attach = vfio.AttachIommufdPt(argsz=vfio.AttachIommufdPt.end_of("pt_id"), pt_id=number)
+        self._requests.on_device(vfio.VFIO_DEVICE_ATTACH_IOMMUFD_PT, attach)
 
     def _iommufd(self) -> int:
         number = self._requests.transport.iommufd
         if number == NO_FD:
             raise OSError(errno.ENODEV, "there is no /dev/iommu to map memory with")
         return number
+
+    # What the IOMMU tracks.
+
+    def can_track(self) -> bool:
+        """Ask whether the IOMMU in front of the device can track its writes."""
+        if self._devid is None:
+            return False
+        info = iommufd.HwInfo(size=iommufd.HwInfo.SIZE, dev_id=self._devid)
+        try:
+            self._requests.on(self._iommufd(), iommufd.IOMMU_GET_HW_INFO, info)
+        except OSError as failure:
+            if failure.errno in UNKNOWN:
+                return False
+            raise
+        return bool(info.out_capabilities & iommufd.IOMMU_HW_CAP_DIRTY_TRACKING)
+
+    def start_tracking(self) -> None:
+        """Track from now on, with nothing written so far; the device changes its page table once.
+
+        Raises:
+            OSError: EOPNOTSUPP if nothing in front of the device can.
+        """
+        if not self._table:
+            if not self.can_track():
+                raise OSError(
+                    errno.EOPNOTSUPP,
+                    "there is no IOMMU in front of it that can; "
+                    "let the device log its writes, if it can: start_dma_logging",
+                )
+            self._table = self._tracking_table()
+        self._track(iommufd.IOMMU_HWPT_DIRTY_TRACKING_ENABLE)
+        self.tracking = True
+
+    def stop_tracking(self) -> None:
+        if self._table:
+            self._track(0)
+        self.tracking = False
+
+    def report_tracking(self, iova: int, length: int, page_size: int, *, clear: bool) -> bytearray:
+        """Return the bitmap of [iova, iova + length), in whole words of 64 bits.
+
+        Raises:
+            OSError: EINVAL while nothing is tracked, when a kernel shows an empty bitmap.
+        """
+        if not self.tracking:
+            raise OSError(errno.EINVAL, "nothing was tracked; start_iommu_tracking comes before")
+        bitmap, address = _bitmap(length, page_size)
+        report = iommufd.HwptGetDirtyBitmap(
+            size=iommufd.HwptGetDirtyBitmap.SIZE,
+            hwpt_id=self._table,
+            flags=0 if clear else iommufd.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR,
+            iova=iova,
+            length=length,
+            page_size=page_size,
+            data=address,
+        )
+        self._requests.on(self._iommufd(), iommufd.IOMMU_HWPT_GET_DIRTY_BITMAP, report)
+        return bitmap
+
+    def _tracking_table(self) -> int:
+        """Move the device to a page table that can track, over the same address space."""
+        table = iommufd.HwptAlloc(
+            size=iommufd.HwptAlloc.SIZE,
+            flags=iommufd.IOMMU_HWPT_ALLOC_DIRTY_TRACKING,
+            dev_id=self._devid or 0,
+            pt_id=self._attached(),
+        )
+        self._requests.on(self._iommufd(), iommufd.IOMMU_HWPT_ALLOC, table)
+        try:
+            self._attach(table.out_hwpt_id)
+        except OSError:
+            gone = iommufd.IommuDestroy(size=iommufd.IommuDestroy.SIZE, id=table.out_hwpt_id)
+            self._requests.on(self._iommufd(), iommufd.IOMMU_DESTROY, gone)
+            raise
+        return table.out_hwpt_id
+
+    def _track(self, flags: int) -> None:
+        change = iommufd.HwptSetDirtyTracking(
+            size=iommufd.HwptSetDirtyTracking.SIZE, flags=flags, hwpt_id=self._table
+        )
+        self._requests.on(self._iommufd(), iommufd.IOMMU_HWPT_SET_DIRTY_TRACKING, change)
 
 
 def start_logging(requests: Requests, ranges: Sequence[tuple[int, int]], page_size: int) -> int:
@@ -105,15 +197,18 @@ def stop_logging(requests: Requests) -> None:
 
 def report_logging(requests: Requests, iova: int, length: int, page_size: int) -> bytearray:
     """Return the bitmap of [iova, iova + length), in whole words of 64 bits."""
+    bitmap, address = _bitmap(length, page_size)
+    report = vfio.DmaLoggingReport(iova=iova, length=length, page_size=page_size, bitmap=address)
+    requests.feature(vfio.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT, GET, report)
+    return bitmap
+
+
+def _bitmap(length: int, page_size: int) -> tuple[bytearray, int]:
+    """Make the empty bitmap of a report, in whole words of 64 bits, and return its address too."""
     pages = -(-length // page_size) if page_size else 0
     # One word at least: an empty buffer has no address to give.
     bitmap = bytearray(max(8, -(-pages // 64) * 8))
-    held = ctypes.c_char.from_buffer(bitmap)
-    report = vfio.DmaLoggingReport(
-        iova=iova, length=length, page_size=page_size, bitmap=ctypes.addressof(held)
-    )
-    requests.feature(vfio.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT, GET, report)
-    return bitmap
+    return bitmap, ctypes.addressof(ctypes.c_char.from_buffer(bitmap))
 
 
 def dirty_ranges(

@@ -63,8 +63,13 @@ StateWithSession: TypeAlias = Literal[
 class DeviceClient:
     """An open device. Close it, or use it in a ``with`` block."""
 
-    def __init__(self, transport: Transport, name: str, dialect: Dialect) -> None:
-        """Take over ``transport``, whose device is ready for requests."""
+    def __init__(
+        self, transport: Transport, name: str, dialect: Dialect, devid: int | None = None
+    ) -> None:
+        """Take over ``transport``, whose device is ready for requests.
+
+        ``devid`` is what its iommufd calls the device.
+        """
         self.name = name
         self.dialect = dialect
         self._transport = transport
@@ -72,7 +77,7 @@ class DeviceClient:
         self._states = state_requests(self._requests, dialect)
         self._session: Session | None = None
         self._open_sessions: set[Session] = set()
-        self._memory = dma.AddressSpace(self._requests)
+        self._memory = dma.AddressSpace(self._requests, devid)
         #: How the device interrupts this client.
         self.interrupts = Interrupts(self._requests)
         #: Whether this client started the device's DMA log and has not stopped it.
@@ -367,6 +372,53 @@ class DeviceClient:
             return dma.report_logging(self._requests, iova, length, page_size)
         except OSError as failure:
             raise self._failed("the report of its DMA log", failure) from None
+
+    @cached_property
+    def iommu_dirty_tracking(self) -> bool:
+        """Whether the IOMMU in front of the device can track its writes, as IOMMU_GET_HW_INFO says."""
+        try:
+            return self._memory.can_track()
+        except OSError as failure:
+            raise self._failed("the query of its IOMMU", failure) from None
+
+    @property
+    def iommu_tracking(self) -> bool:
+        """Whether this client has the IOMMU track the device's writes."""
+        return self._memory.tracking
+
+    def start_iommu_tracking(self) -> None:
+        """Have the IOMMU track the device's writes, anew if it does already.
+
+        Raises:
+            RequestError: EOPNOTSUPP if it cannot, or there is none.
+        """
+        try:
+            self._memory.start_tracking()
+        except OSError as failure:
+            raise self._failed("tracking its writes in the IOMMU", failure) from None
+
+    def stop_iommu_tracking(self) -> None:
+        """Stop tracking; one that was not started is no error."""
+        try:
+            self._memory.stop_tracking()
+        except OSError as failure:
+            raise self._failed("ending the IOMMU's tracking", failure) from None
+
+    def report_iommu_tracking(
+        self, iova: int, length: int, page_size: int = dma.PAGE, *, clear: bool = True
+    ) -> bytearray:
+        """Return the bitmap of what was written, which ``dirty_ranges`` reads.
+
+        The range consists of pages. It ends at the first that is not mapped; what was unmapped
+        is forgotten, and so is what was told, unless not ``clear``.
+
+        Raises:
+            RequestError: after any, all of the memory counts as dirty.
+        """
+        try:
+            return self._memory.report_tracking(iova, length, page_size, clear=clear)
+        except OSError as failure:
+            raise self._failed("the report of the IOMMU's tracking", failure) from None
 
     # Failures and the end.
 

@@ -123,10 +123,11 @@ def connect(transport: Transport, name: str, missing: str = "") -> DeviceClient:
 
     ``missing`` says why there is no iommufd.
     """
-    reason = missing
+    reason, devid = missing, None
     try:
         if transport.iommufd != NO_FD:
-            reason = _bind(transport)
+            devid = _bind(transport)
+            reason = IN_USE if devid is None else ""
         dialect = find_dialect(Requests(transport, name))
         if dialect is None and reason:
             raise OSError(errno.EINVAL, reason)
@@ -134,11 +135,14 @@ def connect(transport: Transport, name: str, missing: str = "") -> DeviceClient:
         _close(transport)
         raise _refused(name, failure, reason or SILENT) from None
     # A device that cannot migrate is of interest all the same, and of today's dialect.
-    return DeviceClient(transport, name, dialect or Dialect.LANDED)
+    return DeviceClient(transport, name, dialect or Dialect.LANDED, devid)
 
 
-def _bind(transport: Transport) -> str:
-    """Bind; return why that was refused, if a kernel may do so and serve the device all the same."""
+def _bind(transport: Transport) -> int | None:
+    """Bind; return the device's id in the iommufd.
+
+    ``None``: it was refused as by a kernel that may serve the device all the same.
+    """
     argument = vfio.BindIommufd(
         argsz=vfio.BindIommufd.end_of("out_devid"), iommufd=transport.iommufd
     )
@@ -147,8 +151,8 @@ def _bind(transport: Transport) -> str:
     except OSError as refusal:
         if refusal.errno not in ABSENT:
             raise
-        return IN_USE
-    return ""
+        return None
+    return argument.out_devid
 
 
 def _close(transport: Transport) -> None:
