@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from supervise import compile_c
-from vfiomig import Capability, Device, Region, State, StateReader, StateRejected
+from vfiomig import (
+    Capability,
+    Device,
+    DeviceError,
+    Region,
+    State,
+    StateReader,
+    StateRejected,
+)
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.doors.syscall.run import run
@@ -34,6 +42,7 @@ __all__ = (
     "Gated",
     "Plain",
     "Slow",
+    "Worker",
     "build",
     "serve",
     "served",
@@ -289,6 +298,64 @@ class Slow(Plain):
             self.most = max(self.most, self.under_way)
             time.sleep(self.seconds)
             self.under_way -= 1
+
+
+class Worker(Device):
+    """Writes and reads at ``BUS`` all the time that it runs, and notes which memory it met."""
+
+    BUS = 0x100000
+    bar0 = Region(size=4096)
+    capabilities = Capability.STOP_COPY
+    dma_logging = False
+
+    def __init__(self) -> None:
+        self.rounds = self.refusals = 0
+        self.problem: BaseException | None = None
+        self.met: set[type] = set()
+        self._stops = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._stops.clear()
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def stop(self) -> None:
+        assert self._thread is not None
+        self._stops.set()
+        self._thread.join(PATIENCE)
+
+    def _work(self) -> None:
+        into = bytearray(100)
+        while not self._stops.wait(0.0001):
+            try:
+                self.dma.write(self.BUS + 5, self.rounds.to_bytes(8, "little"))
+                self.dma.read_into(self.BUS + 5, into)
+                self.rounds += 1
+                self._look()
+            except DeviceError:
+                self.refusals += 1
+            except BaseException as problem:  # noqa: BLE001 - raised again by the test
+                self.problem = problem
+                return
+
+    def _look(self) -> None:
+        space = self.dma.space
+        if space is not None:
+            with space.lock:
+                mapping = space.find_locked(self.BUS, 1)
+            if mapping is not None:
+                self.met.add(type(mapping.memory))
+
+    @bar0.reader
+    def read_bar0(self, offset: int, size: int) -> bytes:
+        return self.rounds.to_bytes(8, "little")[offset : offset + size]
+
+    def check(self) -> None:
+        """Nothing went wrong, and something happened."""
+        if self.problem is not None:
+            raise self.problem
+        assert self.rounds
 
 
 def build(folder: Path, body: str, name: str = "program") -> str:

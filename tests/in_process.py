@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from vfiomig.abi.uapi import UapiStruct
+    from vfiomig.core.container import Container
     from vfiomig.core.transfer import Migf
+    from vfiomig.descriptors import HasFileno
 
 PAGE = mmap.PAGESIZE
 DEADLINE = 10.0
@@ -106,6 +108,9 @@ class Caller:
         self.check = self._memory.check
         self.table: dict[int, Migf] = {}
         self.iommufds: dict[int, Iommufd | None] = {IOMMUFD: Iommufd(), OTHER: None}
+        self.containers: dict[int, Container] = {}
+        #: Opens of devices that a group gave out.
+        self.files: dict[int, VfioDeviceFile] = {}
         self.full = False
         self.waits = 0
         self.capabilities: set[int] = set()
@@ -131,13 +136,20 @@ class Caller:
         self.write(address, render(number))
         self.table[number] = migf
 
-    def iommufd(self, number: int) -> Iommufd:
-        if number not in self.iommufds:
+    def return_device(
+        self, device: VfioDevice, open_file: Callable[[HasFileno | None], VfioDeviceFile]
+    ) -> int:
+        if self.full:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        number = 100 + len(self.files)
+        self.files[number] = open_file(None)
+        return number
+
+    def opened(self, number: int) -> object:
+        known: dict[int, object] = {**self.iommufds, **self.containers, **self.files}
+        if number not in known:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        context = self.iommufds[number]
-        if context is None:
-            raise OSError(errno.EBADFD, os.strerror(errno.EBADFD))
-        return context
+        return known[number]
 
     def eventfd(self, number: int) -> EventFd:
         return EventFd(os.dup(number))

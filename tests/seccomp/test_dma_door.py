@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
-from door_programs import build, serve
-from in_process import DEADLINE
-from vfiomig import Capability, Device, DeviceError, Region
+from door_programs import Worker, build, serve
 from vfiomig.iommu.backing import FileMemory, ShrinkingFileMemory
 from vfiomig.memory import ProgramMemory
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-BUS = 0x100000
-PAGE = 4096
 
 #: What the programs share: guest memory of a kind that is named by the first argument.
 GUEST = r"""
@@ -63,63 +57,6 @@ static int attached_device(void)
     return device;
 }
 """
-
-
-class Worker(Device):
-    """Writes and reads at ``BUS`` all the time that it runs, and notes which memory it met."""
-
-    bar0 = Region(size=4096)
-    capabilities = Capability.STOP_COPY
-    dma_logging = False
-
-    def __init__(self) -> None:
-        self.rounds = self.refusals = 0
-        self.problem: BaseException | None = None
-        self.met: set[type] = set()
-        self._stops = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        self._stops.clear()
-        self._thread = threading.Thread(target=self._work)
-        self._thread.start()
-
-    def stop(self) -> None:
-        assert self._thread is not None
-        self._stops.set()
-        self._thread.join(DEADLINE)
-
-    def _work(self) -> None:
-        into = bytearray(100)
-        while not self._stops.wait(0.0001):
-            try:
-                self.dma.write(BUS + 5, self.rounds.to_bytes(8, "little"))
-                self.dma.read_into(BUS + 5, into)
-                self.rounds += 1
-                self._look()
-            except DeviceError:
-                self.refusals += 1
-            except BaseException as problem:  # noqa: BLE001 - raised again by the test
-                self.problem = problem
-                return
-
-    def _look(self) -> None:
-        space = self.dma.space
-        if space is not None:
-            with space.lock:
-                mapping = space.find_locked(BUS, 1)
-            if mapping is not None:
-                self.met.add(type(mapping.memory))
-
-    @bar0.reader
-    def read_bar0(self, offset: int, size: int) -> bytes:
-        return self.rounds.to_bytes(8, "little")[offset : offset + size]
-
-
-def check(device: Worker) -> None:
-    if device.problem is not None:
-        raise device.problem
-    assert device.rounds
 
 
 def mapped_here() -> int:
@@ -202,7 +139,7 @@ def test_dma_meets_the_memory_that_it_should_and_survives_every_ending(
 ) -> None:
     device = Worker()
     assert serve([device], [endings, kind, ending]) == (137 if ending == "kill" else 0)
-    check(device)
+    device.check()
     assert device.met == {memory}
     if ending == "unmap" or (ending, kind) == ("exec", "anonymous"):
         assert device.refusals
@@ -267,5 +204,5 @@ int main(void)
 """
     device = Worker()
     assert serve([device], [build(tmp_path, GUEST + WAIT + body)]) == 0
-    check(device)
+    device.check()
     assert device.refusals

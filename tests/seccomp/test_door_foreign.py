@@ -155,6 +155,9 @@ def test_kvm_is_content_with_our_files_and_asked_about_all_others(tmp_path: Path
             struct attribute foreign = { 0, 1, 1, (uintptr_t)&other };
             struct attribute group = { 0, 2, 1, (uintptr_t)&device }, broken = { 0, 1, 1, 8 };
             IS(ioctl(kvm, 0x4018AEE1, &ours), 0);
+            close(device);
+            device = open("/dev/vfio/0", O_RDWR);
+            IS(ioctl(kvm, 0x4018AEE1, &ours), 0);
             FAILS(ioctl(kvm, 0x4018AEE1, &foreign), ENOTTY);
             FAILS(ioctl(kvm, 0x4018AEE1, &group), ENOTTY);
             FAILS(ioctl(kvm, 0x4018AEE1, &broken), ENOTTY);

@@ -201,17 +201,19 @@ def test_shell_and_python_find_them(capfd: pytest.CaptureFixture[str]) -> None:
     script = """
         for d in /dev/vfio/devices/*; do test -c $d && test -r $d && test ! -x $d && echo $d; done
         test -d /dev/vfio && test ! -e /dev/vfio/devices/vfio9 && echo folder
-        cd / && find /dev/vfio -type c | sort | tail -1
+        cd / && find /dev/vfio -type c | sort
     """
     assert serve(devices(), ["sh", "-c", script]) == 0
     assert capfd.readouterr().out.split() == [
         *(f"/dev/vfio/devices/vfio{n}" for n in range(THREE)),
         "folder",
-        "/dev/vfio/devices/vfio2",
+        *(f"/dev/vfio/{n}" for n in range(THREE)),
+        *(f"/dev/vfio/devices/vfio{n}" for n in range(THREE)),
+        "/dev/vfio/vfio",
     ]
     program = """
 import os, pathlib
-print(sorted(os.listdir("/dev/vfio/devices")), os.listdir("/dev/vfio"))
+print(sorted(os.listdir("/dev/vfio/devices")), sorted(os.listdir("/dev/vfio")))
 with os.scandir("/dev/vfio/devices") as entries:
     print({(e.name, e.is_dir(), e.is_file()) for e in entries} == {
         (f"vfio{n}", False, False) for n in range(3)})
@@ -221,7 +223,7 @@ with open("/dev/vfio/devices/vfio0", "rb+", buffering=0) as device:
 """
     assert serve(devices(), [sys.executable, "-c", program]) == 0
     assert capfd.readouterr().out.splitlines() == [
-        "['vfio0', 'vfio1', 'vfio2'] ['devices']",
+        "['vfio0', 'vfio1', 'vfio2'] ['0', '1', '2', 'devices', 'vfio']",
         "True",
         "True /dev/iommu",
         "True False False",

@@ -49,6 +49,11 @@ WAYS = (
     # These calls pass, unless the descriptor's number or an offset tells that they are for us.
     Way("binding, fast", "binding", FEW, ("--filter", "fast"), ("no stream",)),
     Way("DMA logging", "dma_logging", FEW),
+    Way("group", "group", FEW),
+    # These calls pass, unless the descriptor's number or an offset tells that they are for us.
+    Way("group, fast", "group", FEW, ("--filter", "fast"), ("no stream",)),
+    Way("type1", "type1", FEW),
+    Way("type1, fast", "type1", FEW, ("--filter", "fast")),
     Way("iommufd", "iommufd", FEW),
     Way("iommufd, fast", "iommufd", FEW, ("--filter", "fast")),
     Way("iommufd limits", "iommufd_limits", FEW),

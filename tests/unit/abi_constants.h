@@ -7,6 +7,7 @@
 #define VFIO_API_VERSION 0
 #define VFIO_TYPE ';'
 #define VFIO_BASE 100
+#define VFIO_API_VERSION 0
 #define VFIO_GET_API_VERSION _IO(';', 100 + 0)
 #define VFIO_CHECK_EXTENSION _IO(';', 100 + 1)
 #define VFIO_SET_IOMMU _IO(';', 100 + 2)
@@ -118,6 +119,7 @@
 
 #define VFIO_TYPE1_IOMMU 1
 #define VFIO_TYPE1v2_IOMMU 3
+#define VFIO_DMA_CC_IOMMU 4
 #define VFIO_NOIOMMU_IOMMU 8
 #define VFIO_UNMAP_ALL 9
 #define VFIO_UPDATE_VADDR 10

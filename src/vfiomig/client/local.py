@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from vfiomig.abi.uapi import UapiStruct
+    from vfiomig.descriptors import HasFileno
     from vfiomig.iommu import Backings
 
 __all__ = ("LocalTransport",)
@@ -133,11 +134,15 @@ class LocalCaller:
             self._numbers.remove(number)
             raise
 
-    def iommufd(self, number: int) -> Iommufd:
-        context = self._numbers.find(number)
-        if not isinstance(context, Iommufd):
-            raise OSError(errno.EBADFD, os.strerror(errno.EBADFD))
-        return context
+    def return_device(
+        self,
+        device: VfioDevice,  # noqa: ARG002 - its memory is where it is
+        open_file: Callable[[HasFileno | None], VfioDeviceFile],
+    ) -> int:
+        return self._numbers.install_new(lambda: open_file(None))
+
+    def opened(self, number: int) -> object:
+        return self._numbers.find(number)
 
     def eventfd(self, number: int) -> EventFd:
         """Share an eventfd: a real descriptor of this process, not one of the small table."""

@@ -69,7 +69,7 @@ def bind_iommufd(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
     if argument.flags or argument.iommufd < 0:
         raise OSError(errno.EINVAL, "flags, or no iommufd")
     caller.blocks()
-    devid = file.bind(lambda: caller.iommufd(argument.iommufd))
+    devid = file.bind(lambda: _iommufd(caller, argument.iommufd))
     try:
         caller.write(arg + struct.out_devid.offset, devid.to_bytes(4, "little"))
     except OSError:
@@ -106,6 +106,13 @@ def detach_iommufd_pt(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
     _refuse_pasid(flags & vfio.VFIO_DEVICE_DETACH_PASID, argsz, struct.SIZE)
     _bound(file).detach()
     return 0
+
+
+def _iommufd(caller: Caller, number: int) -> Iommufd:
+    context = caller.opened(number)
+    if not isinstance(context, Iommufd):
+        raise OSError(errno.EBADFD, f"descriptor {number} is no iommufd")
+    return context
 
 
 def _words(data: bytes) -> list[int]:

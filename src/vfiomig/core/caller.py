@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfiomig.core.iommufd import Iommufd
     from vfiomig.core.transfer import Migf
-    from vfiomig.descriptors import EventFd, Fd
+    from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
+    from vfiomig.descriptors import EventFd, Fd, HasFileno
     from vfiomig.iommu import Backings, Place
 
 __all__ = ("Caller",)
@@ -54,8 +54,17 @@ class Caller(Protocol):
         neither: EMFILE leaves the caller's memory as it was, EFAULT gives the number back.
         """
 
-    def iommufd(self, number: int) -> Iommufd:
-        """Find the iommufd behind a descriptor number: EBADF if it is not open, else EBADFD."""
+    def return_device(
+        self, device: VfioDevice, open_file: Callable[[HasFileno | None], VfioDeviceFile]
+    ) -> int:
+        """Give the caller a new close-on-exec descriptor for an open of ``device``.
+
+        ``open_file`` is given the memory behind the descriptor, if there is one, and called only
+        when a number is free: EMFILE comes before what it raises.
+        """
+
+    def opened(self, number: int) -> object:
+        """Find what of ours is behind a descriptor number, ``None`` for another file: EBADF."""
 
     def eventfd(self, number: int) -> EventFd:
         """Share an eventfd of the caller's: EBADF if it is not open, EINVAL if it is none."""

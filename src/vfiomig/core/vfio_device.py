@@ -6,7 +6,8 @@ Theory of operation
 of /dev/vfio/devices/vfioN. In the landed dialect an open is bound to an iommufd before anything
 else, one open at a time, and the device is in use from BIND to the last close of that open. V6
 knows no BIND: there the device is in use while any open exists, and binding is only allowed. Nor
-does whoever comes by another way than the character device, which keeps all others out.
+does whoever comes by another way than the character device, which keeps all others out; while the
+device's group is open (group.py) it can be used through the group alone.
 See ``vfio_device_fops_cdev_open`` and ``vfio_df_ioctl_bind_iommufd`` in the kernel.
 """
 
@@ -28,6 +29,7 @@ from vfiomig.fsm import Capability
 from vfiomig.iommu import DirtyLog, DmaPort
 
 if TYPE_CHECKING:
+    from vfiomig.core.group import Group
     from vfiomig.core.iommufd import Iommufd
     from vfiomig.core.transfer import Migf
     from vfiomig.descriptors import HasFileno
@@ -64,30 +66,54 @@ class VfioDevice:
         self.dirty_log: DirtyLog | None = None
         self.users = 0
         self.bound = False
+        #: The group of the device, while that is open.
+        self.group: Group | None = None
         #: Held while opens come and go, with the hooks that they call.
         self.open_lock = threading.Lock()
         self._log_lock = threading.Lock()
         device.dma = DmaPort(iommu_tracks=device.iommu_dirty_tracking)
 
-    def open(self, memory: HasFileno | None = None, *, in_use: bool = False) -> VfioDeviceFile:
+    def open(
+        self,
+        memory: HasFileno | None = None,
+        *,
+        in_use: bool = False,
+        group: Group | None = None,
+    ) -> VfioDeviceFile:
         """Open the device once more.
 
         ``memory`` is a file of ``regions.memory_size`` bytes, all zeros, behind the descriptor
         of this open: there the program finds what it maps. It is borrowed until this returns.
-        ``in_use``: by a way that knows no BIND, a group or a vfio-user socket; the device is in
-        use from here on, and its DMA port is the opener's to attach.
+        ``in_use``: by a way that knows no BIND, such as a vfio-user socket; the device is in
+        use from here on, and its DMA port is the opener's to attach. ``group``: the same, through
+        a group that is open, which is told when the open ends.
 
         Raises:
-            OSError: EBUSY if another open is bound (``in_use``); what the device's ``start``
-                refused with (V6 and ``in_use``; otherwise BIND meets it).
+            OSError: EBUSY if another open is bound (``in_use``), or the device's group is open and
+                this is another way; what the device's ``start`` refused with (V6 and ``in_use``;
+                otherwise BIND meets both).
         """
-        file = VfioDeviceFile(self, memory, binds=not in_use)
+        in_use = in_use or group is not None
+        file = VfioDeviceFile(self, memory, binds=not in_use, group=group)
         if in_use or self.dialect is Dialect.V6:
             with self.open_lock:
+                if self.group is not group:
+                    raise OSError(errno.EBUSY, "the device's group is open")
                 if in_use and self.bound:
                     raise OSError(errno.EBUSY, "the device is bound through its character device")
                 file.use_locked()
         return file
+
+    def enter_group(self, group: Group) -> None:
+        """Let the device be used through ``group`` alone: EBUSY if it is open, or in use."""
+        with self.open_lock:
+            if self.group is not None or self.users:
+                raise OSError(errno.EBUSY, "the group is open, or its device is in use")
+            self.group = group
+
+    def leave_group(self) -> None:
+        with self.open_lock:
+            self.group = None
 
     def reset(self) -> int:
         """Reset the function; return an errno or 0."""
@@ -117,11 +143,17 @@ class VfioDeviceFile:
     """One open of a device. ``release`` is for its last close."""
 
     def __init__(
-        self, device: VfioDevice, memory: HasFileno | None = None, *, binds: bool = True
+        self,
+        device: VfioDevice,
+        memory: HasFileno | None = None,
+        *,
+        binds: bool = True,
+        group: Group | None = None,
     ) -> None:
         self.device = device
         #: Whether it is one of the character device, which alone knows BIND.
         self.binds = binds
+        self._group = group
         self.placement = regions.Placement(device.device, memory) if memory is not None else None
         self.binding: bind.Binding | None = None
         #: Whether requests other than BIND are answered.
@@ -133,7 +165,7 @@ class VfioDeviceFile:
             raise OSError(errno.EINVAL, "the device has not been bound to an iommufd")
         row = find(FdKind.DEVICE, number, self.device.dialect)
         handler = SERVED.get(row.name) if row is not None else None
-        if handler is None:
+        if handler is None or (not self.binds and number in BOUND_ONLY):
             raise OSError(errno.ENOTTY, "no request of a device")
         return handler(self, arg, caller)
 
@@ -180,12 +212,16 @@ class VfioDeviceFile:
         Raises:
             OSError: EINVAL if this open or another one is bound or this one cannot be, the errno
                 of ``find_context`` or of the device's ``start``, EBUSY if the device is in use
-                by another way.
+                by another way or its group is open.
         """
         device = self.device
         with device.open_lock:
-            if self.binding is not None or not self.binds:
-                raise OSError(errno.EINVAL, "this open is bound already, or never can be")
+            if not self.binds:
+                raise OSError(errno.EINVAL, "this is no open of the character device")
+            if device.group is not None:
+                raise OSError(errno.EBUSY, "the device's group is open")
+            if self.binding is not None:
+                raise OSError(errno.EINVAL, "this open is bound already")
             context = find_context()
             if device.bound:
                 raise OSError(errno.EINVAL, "another open is bound")
@@ -211,6 +247,8 @@ class VfioDeviceFile:
             self._unbind_locked()
             if self.placement is not None and self.placement is not self.device.placement:
                 self.placement.close()
+        if self._group is not None:
+            self._group.leave()
 
     def _leave_locked(self) -> None:
         device = self.device
@@ -253,6 +291,9 @@ def _reset(file: VfioDeviceFile, arg: int, caller: Caller) -> int:  # noqa: ARG0
         raise OSError(failure, "the device did not reset")
     return 0
 
+
+#: Requests that an open of the character device alone knows, besides BIND, which fails there.
+BOUND_ONLY = frozenset({vfio.VFIO_DEVICE_ATTACH_IOMMUFD_PT, vfio.VFIO_DEVICE_DETACH_IOMMUFD_PT})
 
 SERVED: dict[str, Handler] = {
     "VFIO_DEVICE_BIND_IOMMUFD": bind.bind_iommufd,

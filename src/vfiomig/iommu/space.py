@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -212,23 +212,17 @@ class IoSpace:
         """
         end = iova + length
         with self.lock:
-            first = bisect_right(self._starts, iova)
-            if first and self._mappings[first - 1].end > iova:
-                first -= 1
-            last = first
-            while last < len(self._starts) and self._starts[last] < end:
-                last += 1
-            inside = self._mappings[first:last]
+            inside = self.overlapping_locked(iova, length)
             if not inside or inside[0].iova < iova or inside[-1].end > end:
                 raise RequestError(
                     errno.ENOENT, f"[{iova:#x}, {end:#x}) does not hold whole mappings"
                 )
-            return self._remove_locked(first, last)
+            return self.remove_locked(inside)
 
     def clear(self) -> int:
         """Remove every mapping; return how many bytes they held."""
         with self.lock:
-            return self._remove_locked(0, len(self._starts))
+            return self.remove_locked(self._mappings.copy())
 
     def pieces(self, iova: int, length: int) -> list[Mapping]:
         """Return what [iova, iova + length) leads to, cut to it; ENOENT if there is a gap."""
@@ -259,6 +253,30 @@ class IoSpace:
             return None
         mapping = self._mappings[at]
         return mapping if iova + length <= mapping.iova + mapping.length else None
+
+    def overlapping_locked(self, iova: int, length: int) -> list[Mapping]:
+        """Return the mappings that lie in [iova, iova + length), whole or in part."""
+        first = bisect_right(self._starts, iova)
+        if first and self._mappings[first - 1].end > iova:
+            first -= 1
+        return self._mappings[first : bisect_left(self._starts, iova + length, first)]
+
+    def remove_locked(self, mappings: Sequence[Mapping]) -> int:
+        """Remove neighbouring mappings of this space; return how many bytes they held."""
+        if mappings:
+            first = bisect_left(self._starts, mappings[0].iova)
+            del self._mappings[first : first + len(mappings)]
+            del self._starts[first : first + len(mappings)]
+        for log in self.logs:
+            for mapping in mappings:
+                log.forget(mapping.iova, mapping.length)
+        return sum(mapping.length for mapping in mappings)
+
+    def replace_locked(self, former: Mapping, new: Mapping) -> None:
+        """Let a mapping, if it is still there, lead to other memory."""
+        at = bisect_left(self._starts, former.iova)
+        if at < len(self._mappings) and self._mappings[at] is former:
+            self._mappings[at] = new
 
     def __len__(self) -> int:
         return len(self._mappings)
@@ -310,15 +328,6 @@ class IoSpace:
             if at + length - 1 <= last:
                 return at
         raise RequestError(errno.ENOSPC, f"no {length} contiguous bytes of IOVA are free")
-
-    def _remove_locked(self, first: int, last: int) -> int:
-        removed = self._mappings[first:last]
-        del self._mappings[first:last]
-        del self._starts[first:last]
-        for log in self.logs:
-            for mapping in removed:
-                log.forget(mapping.iova, mapping.length)
-        return sum(mapping.length for mapping in removed)
 
 
 def _round_up(number: int, step: int) -> int:

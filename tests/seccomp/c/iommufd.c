@@ -35,8 +35,6 @@ struct start { uint32_t argsz, flags; uint64_t page_size; uint32_t num_ranges, r
 struct report { uint32_t argsz, flags; uint64_t iova, length, page_size, bitmap; };
 struct range { uint64_t iova, length; };
 
-#define PAGES 64ull
-
 static long map_file(uint32_t flags, int fd, uint64_t start, uint64_t length, uint64_t iova)
 {
 	struct ioas_map_file argument = {
@@ -57,61 +55,8 @@ static long copy(uint32_t to, uint32_t flags, uint64_t from_iova, uint64_t lengt
 	return ioctl(iommufd, IOMMU_IOAS_COPY, &argument);
 }
 
-static int new_memfd(uint64_t length, bool sealed)
-{
-	int fd = memfd_create("guest memory", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-
-	need(fd >= 0 && !ftruncate(fd, length), "memfd");
-	need(!sealed || !fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL), "seals");
-	return fd;
-}
-
-static void *shared(int fd, uint64_t length, uint64_t offset)
-{
-	void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
-
-	need(memory != MAP_FAILED, "mmap");
-	return memory;
-}
-
-/* Tell the device to access memory; the errno that it met, or 0. */
-static uint32_t dma(unsigned int how, uint64_t iova)
-{
-	uint32_t result;
-
-	command(dev, how, &iova, 8);
-	need(pread(dev, &result, 4, bar0_offset(dev) + 0x20) == 4, "the result of an access");
-	return result;
-}
-
-#define dma_write(iova) dma(0x18, iova)
-
-/* What 16 bytes the device reads there. */
-static const char *dma_read(uint64_t iova)
-{
-	static char text[17];
-	uint32_t number = dma(0x28, iova);
-
-	if (number)
-		return strerrorname_np(number);
-	need(pread(dev, text, 16, bar0_offset(dev) + 0x30) == 16, "what was read");
-	return text;
-}
-
-static const char *failed(uint32_t number)
-{
-	return number ? strerrorname_np(number) : "0";
-}
-
-static const char *written(const void *memory)
-{
-	const unsigned char *bytes = memory;
-
-	for (int at = 0; at < 64; at++)
-		if (bytes[at] != 0xD1)
-			return "no";
-	return "yes";
-}
+#define dma_write(iova) dma(dev, 0x18, iova)
+#define dma_read(iova) dma_text(dev, iova)
 
 static void say_hwpt(const char *what, struct hwpt_alloc argument)
 {

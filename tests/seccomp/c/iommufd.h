@@ -1,7 +1,7 @@
 /*
  * A device, its iommufd and an IO address space, for the programs that go further than binding.
  */
-#include "check.h"
+#include "dma.h"
 
 #define IOMMU_HWPT_ALLOC 0x3B89
 
@@ -22,9 +22,6 @@ struct hwpt_alloc {
 #define READABLE 4u
 #define ALL (FIXED | WRITEABLE | READABLE)
 #define TRACKING 2u
-
-#define BUS ((uint64_t)0x40000000)
-#define PAGE 4096ull
 
 /* What every section works with. */
 HELPER int dev, iommufd;
@@ -92,12 +89,4 @@ HELPER long map_at(uint32_t flags, void *memory, uint64_t length, uint64_t iova)
 HELPER long unmap(uint64_t iova, uint64_t length)
 {
 	return ioctl(iommufd, IOMMU_IOAS_UNMAP, &(struct ioas_unmap){ 24, ioas, iova, length });
-}
-
-HELPER void *anonymous(uint64_t length)
-{
-	void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	need(memory != MAP_FAILED, "mmap");
-	return memory;
 }

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 
 from vfiomig.abi.syscalls import X86_64
 from vfiomig.descriptors import EventFd, Fd
-from vfiomig.doors.syscall.opened import IommufdOpen
+from vfiomig.doors.syscall.opened import ContainerOpen, IommufdOpen
 from vfiomig.memory import CallMemory, MemoryFault, ProcessMemory
 from vfiomig.process import capable, process_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfiomig.core.iommufd import Iommufd
     from vfiomig.core.transfer import Migf
+    from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
+    from vfiomig.descriptors import HasFileno
+    from vfiomig.doors.syscall.door import Door
     from vfiomig.doors.syscall.notify import Notification
-    from vfiomig.doors.syscall.opened import Table
     from vfiomig.iommu import Backings, Place
 
 __all__ = ("SyscallCaller",)
@@ -31,18 +32,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class SyscallCaller:
     """``core.Caller`` for one stopped system call."""
 
-    __slots__ = ("_call", "_install", "_table", "blocks", "check", "read", "write")
+    __slots__ = ("_call", "_door", "blocks", "check", "read", "write")
 
-    def __init__(
-        self,
-        call: Notification,
-        table: Table,
-        blocks: Callable[[], None],
-        install: Callable[[Notification, Migf], int],
-    ) -> None:
+    def __init__(self, call: Notification, door: Door, blocks: Callable[[], None]) -> None:
         self._call = call
-        self._table = table
-        self._install = install
+        self._door = door
         memory = CallMemory(ProcessMemory(call.tid))
         self.read = memory.read
         self.write = memory.write
@@ -54,7 +48,7 @@ class SyscallCaller:
         return known.of_program(process_of(tid), tid, address, length, writable=writable)
 
     def file(self, number: int) -> Fd:
-        if self._table.find(self._call.tid, number) is not None:
+        if self._door.table.find(self._call.tid, number) is not None:
             raise OSError(errno.EINVAL, f"{number} is a device or what belongs to one")
         return Fd(self._share(number))
 
@@ -74,14 +68,22 @@ class SyscallCaller:
             if _table_is_full(self._call.tid):
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from None
             raise
-        self.write(address, render(self._install(self._call, migf)))
+        self.write(address, render(self._door.install(self._call, migf)))
 
-    def iommufd(self, number: int) -> Iommufd:
-        opened = self._table.find(self._call.tid, number)
-        if isinstance(opened, IommufdOpen):
+    def return_device(
+        self, device: VfioDevice, open_file: Callable[[HasFileno | None], VfioDeviceFile]
+    ) -> int:
+        if _table_is_full(self._call.tid):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self._door.install_device(self._call, device, open_file)
+
+    def opened(self, number: int) -> object:
+        opened = self._door.table.find(self._call.tid, number)
+        if isinstance(opened, IommufdOpen | ContainerOpen):
             return opened.context
-        is_open = opened is not None or os.path.lexists(f"/proc/{self._call.tid}/fd/{number}")
-        raise OSError(errno.EBADFD if is_open else errno.EBADF, f"{number} is no iommufd")
+        if opened is None and not os.path.lexists(f"/proc/{self._call.tid}/fd/{number}"):
+            raise OSError(errno.EBADF, f"{number} is not open")
+        return opened
 
     def eventfd(self, number: int) -> EventFd:
         return EventFd(self._share(number), owner=process_of(self._call.tid))

@@ -24,7 +24,14 @@ from vfiomig.abi.kvm import KVM_DEV_VFIO_FILE, KVM_SET_DEVICE_ATTR, KvmDeviceAtt
 from vfiomig.abi.syscalls import X86_64
 from vfiomig.doors.syscall.answers import CARRY_ON, HELD
 from vfiomig.doors.syscall.caller import SyscallCaller
-from vfiomig.doors.syscall.opened import DataOpen, DeviceOpen, IommufdOpen, Opened
+from vfiomig.doors.syscall.opened import (
+    ContainerOpen,
+    DataOpen,
+    DeviceOpen,
+    GroupOpen,
+    IommufdOpen,
+    Opened,
+)
 from vfiomig.doors.syscall.transfer import buffers, read_iovecs
 from vfiomig.fsm import SessionKind
 from vfiomig.memory import CallMemory, MemoryFault, ProcessMemory
@@ -48,7 +55,7 @@ MAP_SHARED_VALIDATE = 3
 RWF_HIPRI = 1  # the one flag that files without iterators take
 
 #: What a file of ours refuses: call, positions of its descriptor arguments, and the errno on a
-#: device or iommufd and on a data_fd. Where a data_fd is a pipe end, the kernel's own answer to
+#: device, group, container or iommufd and on a data_fd. Where a data_fd is a pipe end, the kernel's own answer to
 #: fallocate and the like is right already, but a memfd's would not be.
 REFUSED: Final = {
     "lseek": ((0,), errno.ESPIPE, errno.ESPIPE),
@@ -106,9 +113,11 @@ class Calls:
             return CARRY_ON
         door = self._door
         door.settle(turn, _device_of(opened))
-        caller = SyscallCaller(call, door.table, turn.pass_on, door.install)
+        caller = SyscallCaller(call, door, turn.pass_on)
         if turn.line is not None:
             door.trace_request(turn, opened, caller)
+        if type(opened) is IommufdOpen or type(opened) is ContainerOpen:
+            return opened.context.ioctl(number, call.args[2], caller)
         if number == termios.FIONREAD:
             raise OSError(errno.ENOTTY, "no request of a file of ours")
         if type(opened) is DeviceOpen:
@@ -117,8 +126,12 @@ class Calls:
                 return opened.file.ioctl(number, call.args[2], caller)
             finally:
                 opened.leave()
-        if type(opened) is IommufdOpen:
-            return opened.context.ioctl(number, call.args[2], caller)
+        if type(opened) is GroupOpen:
+            opened.enter()
+            try:
+                return opened.group.ioctl(number, call.args[2], caller)
+            finally:
+                opened.leave()
         assert isinstance(opened, DataOpen)
         return opened.device.data_ioctl(opened.migf, number, call.args[2], caller)
 
@@ -132,7 +145,7 @@ class Calls:
             fd = int.from_bytes(memory.read(attribute.addr, 4), "little")
         except MemoryFault:
             return False
-        return isinstance(self._find(call.tid, fd), DeviceOpen)
+        return isinstance(self._find(call.tid, fd), DeviceOpen | GroupOpen)
 
     # Reads and writes.
 
@@ -203,8 +216,8 @@ class Calls:
             if isinstance(opened, DataOpen):
                 raise OSError(errno.ESPIPE, "a data_fd is a stream")
             _check_direction(opened, writes=writes)
-            if isinstance(opened, IommufdOpen):
-                raise OSError(errno.EINVAL, "an iommufd has nothing to read")
+            if not isinstance(opened, DeviceOpen):
+                raise OSError(errno.EINVAL, f"{opened.label} has nothing to read")
             if vectored:
                 memory = CallMemory(ProcessMemory(call.tid))
                 segments = read_iovecs(memory, call.args[1], _signed(call.args[2]))
@@ -230,8 +243,9 @@ class Calls:
         writes = shared and call.args[2] & mmap.PROT_WRITE
         if access == os.O_WRONLY or (access == os.O_RDONLY and writes):
             raise OSError(errno.EACCES, "the file was not opened for that")
-        if isinstance(opened, IommufdOpen):
-            raise OSError(errno.EINVAL, "an iommufd has nothing to map")
+        if not isinstance(opened, DeviceOpen):
+            number = errno.EINVAL if isinstance(opened, IommufdOpen) else errno.ENODEV
+            raise OSError(number, f"{opened.label} has nothing to map")
         opened.file.require_mappable(_signed(call.args[5]), call.args[1], shared=shared)
         return CARRY_ON
 
@@ -267,9 +281,9 @@ class Calls:
 
 def _device_of(opened: Opened) -> int | None:
     """Return the number of the device whose closes must be settled before a call about it."""
-    if type(opened) is DeviceOpen:
+    if type(opened) is DeviceOpen:  # nearly always
         return opened.number
-    return opened.number if type(opened) is DataOpen else None
+    return opened.number if isinstance(opened, DataOpen | GroupOpen) else None
 
 
 def _check_direction(opened: Opened, *, writes: bool) -> None:

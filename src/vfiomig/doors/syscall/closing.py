@@ -1,4 +1,4 @@
-"""Last closes of devices, each carried out once and before any later call that could tell.
+"""Last closes of devices and groups, each carried out once and before any later call that could tell.
 
 Theory of operation
 ===================
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfiomig.doors.syscall.opened import DeviceOpen
+    from vfiomig.doors.syscall.opened import DeviceOpen, GroupOpen
 
 __all__ = ("Closing",)
 
@@ -27,7 +27,7 @@ log = logging.getLogger("vfiomig.doors.syscall")
 
 @dataclass(slots=True, eq=False)
 class Close:
-    opened: DeviceOpen
+    opened: DeviceOpen | GroupOpen
     taken: bool = False
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -47,7 +47,7 @@ class Closing:
         """Whether there is a close that nobody is at."""
         return any(not close.taken for close in list(self._closes))
 
-    def note(self, opened: DeviceOpen) -> None:
+    def note(self, opened: DeviceOpen | GroupOpen) -> None:
         with self._lock:
             self._closes.append(Close(opened))
 

@@ -31,6 +31,8 @@ import time
 from typing import TYPE_CHECKING
 
 from vfiomig.abi.ioctls import FdKind
+from vfiomig.core.container import Container
+from vfiomig.core.group import Group
 from vfiomig.core.iommufd import Iommufd
 from vfiomig.core.regions import memory_size
 from vfiomig.descriptors import Fd, create_sealed_memfd
@@ -40,7 +42,16 @@ from vfiomig.doors.syscall.closing import Closing
 from vfiomig.doors.syscall.held import HeldCalls
 from vfiomig.doors.syscall.lastclose import LastClose
 from vfiomig.doors.syscall.notify import CallerGone
-from vfiomig.doors.syscall.opened import DataOpen, DeviceOpen, IommufdOpen, Opened, Table, link_of
+from vfiomig.doors.syscall.opened import (
+    ContainerOpen,
+    DataOpen,
+    DeviceOpen,
+    GroupOpen,
+    IommufdOpen,
+    Opened,
+    Table,
+    link_of,
+)
 from vfiomig.doors.syscall.pathcalls import PathCalls
 from vfiomig.doors.syscall.paths import DevTree
 from vfiomig.doors.syscall.readiness import DataPipe
@@ -51,12 +62,13 @@ from vfiomig.fsm import SessionKind
 from vfiomig.memory import ProcessGone, ProcessMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import Self
 
     from vfiomig.core.transfer import Migf
-    from vfiomig.core.vfio_device import VfioDevice
+    from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
+    from vfiomig.descriptors import HasFileno
     from vfiomig.doors.syscall.answers import Handler
     from vfiomig.doors.syscall.caller import SyscallCaller
     from vfiomig.doors.syscall.notify import Listener, Notification
@@ -71,7 +83,13 @@ END_SECONDS = 5.0
 #: How often held calls are looked at.
 HELD_SECONDS = 0.02
 #: Requests are told from each other by these in the trace.
-KINDS = {DeviceOpen: FdKind.DEVICE, IommufdOpen: FdKind.IOMMUFD, DataOpen: FdKind.DATA}
+KINDS = {
+    DeviceOpen: FdKind.DEVICE,
+    GroupOpen: FdKind.GROUP,
+    ContainerOpen: FdKind.CONTAINER,
+    IommufdOpen: FdKind.IOMMUFD,
+    DataOpen: FdKind.DATA,
+}
 
 _placeholders = itertools.count()
 
@@ -91,6 +109,10 @@ class Door:
         trace: Trace | None = None,
     ) -> None:
         self.devices = list(devices)
+        #: The group of each device; its address is the only one on a bus of its own.
+        self.groups = [
+            Group(device, f"0000:{bus:02x}:00.0") for bus, device in enumerate(devices, start=1)
+        ]
         self._listener: Listener
         self.table = Table(self._refused)
         self.closing = Closing()
@@ -218,10 +240,15 @@ class Door:
 
     def open_device(self, number: int, flags: int) -> Fd:
         """Open a device once more; the descriptor is for the program."""
+        return self._open_device(number, self.devices[number].open, flags)
+
+    def _open_device(
+        self, number: int, open_file: Callable[[HasFileno | None], VfioDeviceFile], flags: int
+    ) -> Fd:
         device = self.devices[number]
         memfd = self._create_memfd(device.name, memory_size(device.device))
         try:
-            opened = DeviceOpen(number, device.open(memfd), flags)
+            opened = DeviceOpen(number, open_file(memfd), flags)
         except BaseException:
             memfd.close()
             raise
@@ -233,6 +260,20 @@ class Door:
 
     def open_iommu(self, flags: int) -> Fd:
         return self._place(IommufdOpen(Iommufd(), flags), "iommu", flags)
+
+    def open_container(self, flags: int) -> Fd:
+        return self._place(ContainerOpen(Container(), flags), "container", flags)
+
+    def open_group(self, number: int, flags: int) -> Fd:
+        """Open the group of a device: EBUSY if it is open, or the device in use otherwise."""
+        group = self.groups[number]
+        group.open()
+        opened = GroupOpen(number, group, flags)
+        try:
+            return self._place(opened, opened.label, flags)
+        except BaseException:
+            group.leave()
+            raise
 
     def give(self, call: Notification, fd: Fd, *, cloexec: bool, turn: Turn) -> None:
         """Put a descriptor into the caller's table and answer the call with its number.
@@ -266,7 +307,7 @@ class Door:
 
     def install(self, call: Notification, migf: Migf) -> int:
         """Put a data_fd for ``migf`` into the caller's table; return its number there."""
-        number = next(n for n, device in enumerate(self.devices) if device.name == migf.name)
+        number = self._number_of(migf.name)
         device = self.devices[number]
         saving = migf.kind is SessionKind.SAVING
         opened = DataOpen(number, device, migf, Table.mark(number, saving=saving))
@@ -279,6 +320,19 @@ class Door:
             fd = self._place(opened, opened.label, os.O_RDONLY if saving else os.O_WRONLY)
         with fd:
             return self._add_fd(call, fd)
+
+    def install_device(
+        self,
+        call: Notification,
+        device: VfioDevice,
+        open_file: Callable[[HasFileno | None], VfioDeviceFile],
+    ) -> int:
+        """Put an open of a device into the caller's table; return its number there."""
+        with self._open_device(self._number_of(device.name), open_file, os.O_RDWR) as fd:
+            return self._listener.add_fd(call.id, fd, cloexec=True)
+
+    def _number_of(self, name: str) -> int:
+        return next(n for n, device in enumerate(self.devices) if device.name == name)
 
     def _add_fd(self, call: Notification, fd: Fd) -> int:
         if self._first_data_fd is None:
@@ -338,7 +392,7 @@ class Door:
         if memfd is not None:
             self._last_close.forget(memfd)
             memfd.close()
-        if isinstance(opened, DeviceOpen):
+        if isinstance(opened, DeviceOpen | GroupOpen):
             self.closing.note(opened)
         elif isinstance(opened, DataOpen) and opened.pipe is not None:
             opened.pipe.close()

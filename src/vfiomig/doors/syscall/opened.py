@@ -25,37 +25,42 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vfiomig.core.container import Container
+    from vfiomig.core.group import Group
     from vfiomig.core.iommufd import Iommufd
     from vfiomig.core.transfer import Migf
     from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
     from vfiomig.descriptors import Fd
     from vfiomig.doors.syscall.readiness import DataPipe
 
-__all__ = ("DataOpen", "DeviceOpen", "IommufdOpen", "Opened", "Table", "link_of")
+__all__ = (
+    "ContainerOpen",
+    "DataOpen",
+    "DeviceOpen",
+    "GroupOpen",
+    "IommufdOpen",
+    "Opened",
+    "Table",
+    "link_of",
+)
 
 #: Nanoseconds since 1970 that no other pipe has as its time of modification: "VFIO" and a number.
 MARK: Final = 0x5646_494F * 10**9
 
 
 @dataclass(slots=True, eq=False)
-class DeviceOpen:
-    """One open of /dev/vfio/devices/vfioN."""
+class Held:
+    """An open that calls keep alive while they are being answered, as in the kernel."""
 
-    number: int
-    file: VfioDeviceFile
-    flags: int
     label: str = field(init=False)
-    #: Regions of the device are answered by code of its author, which may take its time.
-    hooked: bool = field(init=False)
-    #: One entry for each call that is being answered: as in the kernel they keep the file alive.
+    #: One entry for each such call.
     calls: list[None] = field(default_factory=list, init=False)
     closed: bool = field(default=False, init=False)
     _left: threading.Event = field(default_factory=threading.Event, init=False)
 
-    def __post_init__(self) -> None:
-        device = self.file.device
-        self.label = device.name
-        self.hooked = any(r._reader or r._writer for r in device.device.regions.values())
+    def release(self) -> None:
+        """Give up what the open held."""
+        raise NotImplementedError
 
     def enter(self) -> None:
         """Note that a call is being answered; EBADF if it lost a race against the last close."""
@@ -78,7 +83,50 @@ class DeviceOpen:
             if not self.calls:
                 break
             self._left.wait()
+        self.release()
+
+
+@dataclass(slots=True, eq=False)
+class DeviceOpen(Held):
+    """One open of /dev/vfio/devices/vfioN, or one that a group gave out."""
+
+    number: int
+    file: VfioDeviceFile
+    flags: int
+    #: Regions of the device are answered by code of its author, which may take its time.
+    hooked: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = self.file.device
+        self.label = device.name
+        self.hooked = any(r._reader or r._writer for r in device.device.regions.values())
+
+    def release(self) -> None:
         self.file.release()
+
+
+@dataclass(slots=True, eq=False)
+class GroupOpen(Held):
+    """The open of /dev/vfio/N, the group of device N."""
+
+    number: int
+    group: Group
+    flags: int
+
+    def __post_init__(self) -> None:
+        self.label = f"group{self.number}"
+
+    def release(self) -> None:
+        self.group.leave()
+
+
+@dataclass(slots=True, eq=False)
+class ContainerOpen:
+    """One open of /dev/vfio/vfio."""
+
+    context: Container
+    flags: int
+    label: str = "container"
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +153,7 @@ class DataOpen:
         self.label = f"{self.device.name}:{self.migf.kind.name.lower()}"
 
 
-Opened: TypeAlias = DeviceOpen | IommufdOpen | DataOpen
+Opened: TypeAlias = DeviceOpen | GroupOpen | ContainerOpen | IommufdOpen | DataOpen
 
 
 def link_of(fd: Fd) -> bytes:

@@ -18,10 +18,25 @@ import os
 import re
 from typing import TYPE_CHECKING, Final
 
+from vfiomig.abi.ioctls import FdKind
 from vfiomig.abi.syscalls import X86_64
 from vfiomig.doors.syscall.answers import CARRY_ON, HELD
-from vfiomig.doors.syscall.opened import DataOpen, DeviceOpen, IommufdOpen
-from vfiomig.doors.syscall.paths import DEVICES, IOMMU, join, read_path
+from vfiomig.doors.syscall.opened import (
+    ContainerOpen,
+    DataOpen,
+    DeviceOpen,
+    GroupOpen,
+    IommufdOpen,
+)
+from vfiomig.doors.syscall.paths import (
+    ANONYMOUS,
+    CONTAINER,
+    DEVICES,
+    IOMMU,
+    VFIO,
+    join,
+    read_path,
+)
 from vfiomig.memory import CallMemory, MemoryRefused, ProcessMemory
 
 if TYPE_CHECKING:
@@ -121,7 +136,7 @@ class PathCalls:
         match = TO_DESCRIPTOR.fullmatch(path)
         if match is not None:
             return self._through_descriptor(call, match)
-        return path if self._tree.has(path) or path.startswith(f"{DEVICES}/") else None
+        return path if self._tree.has(path) or path.startswith(f"{VFIO}/") else None
 
     def _base(self, call: Notification, directory: int | None) -> str | None:
         """Name the folder in which a relative path begins."""
@@ -137,17 +152,21 @@ class PathCalls:
             return None
         tid = int(match["pid"] or call.tid)
         fd = int(match["fd"] or match["dev_fd"] or STANDARD[match["name"]])
-        if call.nr in OPENS and isinstance(self._door.table.find(tid, fd), DataOpen):
-            raise OSError(errno.ENXIO, "a data_fd cannot be opened again")
-        return self._path_of(tid, fd)
+        path = self._path_of(tid, fd)
+        is_anonymous = path == ANONYMOUS or isinstance(self._door.table.find(tid, fd), DataOpen)
+        if call.nr in OPENS and is_anonymous:
+            raise OSError(errno.ENXIO, "what has no path cannot be opened again")
+        return path
 
     def _path_of(self, tid: int, fd: int) -> str | None:
         """Name what a descriptor of ours is an open of: fstat of a device shows the device."""
         opened = self._door.table.find(tid, fd)
         if isinstance(opened, DeviceOpen):
-            return f"{DEVICES}/{opened.label}"
-        if isinstance(opened, IommufdOpen):
-            return IOMMU
+            return f"{DEVICES}/{opened.label}" if opened.file.binds else ANONYMOUS
+        if isinstance(opened, GroupOpen):
+            return f"{VFIO}/{opened.number}"
+        if isinstance(opened, ContainerOpen | IommufdOpen):
+            return CONTAINER if isinstance(opened, ContainerOpen) else IOMMU
         if isinstance(opened, DataOpen) or not self._tree.is_made:
             return None
         try:
@@ -159,7 +178,8 @@ class PathCalls:
     def _check(self, path: str, named: str) -> None:
         """Refuse what is not there: the real machine's devices are not this program's."""
         if not self._tree.has(path):
-            is_below = self._tree.device(os.path.dirname(path)) is not None
+            above = os.path.dirname(path)
+            is_below = self._tree.has(above) and not self._tree.is_folder(above)
             raise OSError(errno.ENOTDIR if is_below else errno.ENOENT, path)
         if named.endswith(("/", "/.")) and not self._tree.is_folder(path):
             raise OSError(errno.ENOTDIR, path)
@@ -201,11 +221,15 @@ class PathCalls:
         return HELD
 
     def _open_file(self, path: str, flags: int, turn: Turn) -> Fd:
-        number = self._tree.device(path)
-        if number is None:
+        node = self._tree.node(path)
+        if node.kind is FdKind.IOMMUFD:
             return self._door.open_iommu(flags)
+        if node.kind is FdKind.CONTAINER:
+            return self._door.open_container(flags)
+        if node.kind is FdKind.GROUP:
+            return self._door.open_group(node.number, flags)
         turn.pass_on()  # a V6 device starts here
-        return self._door.open_device(number, flags)
+        return self._door.open_device(node.number, flags)
 
     # Looking.
 

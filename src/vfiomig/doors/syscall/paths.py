@@ -1,4 +1,4 @@
-"""/dev/vfio/devices/vfioN and /dev/iommu, for a program on a machine that has neither.
+"""/dev/vfio with its devices, groups and container, and /dev/iommu, where there are none.
 
 What stat says of them is made up here, of the folders as well. A listing is a real directory, so
 that the program's own readdir works on it: it is made, under a temporary name, when the program
@@ -16,8 +16,9 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from vfiomig.abi.ioctls import FdKind
 from vfiomig.descriptors import Fd
 from vfiomig.memory import MemoryFault
 
@@ -26,11 +27,23 @@ if TYPE_CHECKING:
 
     from vfiomig.memory import ProcessMemory
 
-__all__ = ("DEVICES", "IOMMU", "DevTree", "join", "read_path")
+__all__ = (
+    "ANONYMOUS",
+    "CONTAINER",
+    "DEVICES",
+    "IOMMU",
+    "VFIO",
+    "DevTree",
+    "join",
+    "read_path",
+)
 
 VFIO = "/dev/vfio"
 DEVICES = "/dev/vfio/devices"
+CONTAINER = "/dev/vfio/vfio"
 IOMMU = "/dev/iommu"
+#: What stands for the path of a device that a group gave out: it has none.
+ANONYMOUS = "anon_inode:[vfio-device]"
 PATH_MAX = 4096
 #: Bytes that tell nearly every path from one of ours.
 FIRST_LOOK = 64
@@ -38,6 +51,7 @@ FIRST_LOOK = 64
 WORDS = (b"vfio", b"iommu", b"/fd/", b"/dev/std")
 
 MAJOR: Final = 510  # of the local and experimental range
+FIRST_GROUP: Final = 0x400  # minor number
 FILE_SYSTEM: Final = os.makedev(0, 0x5646)
 STATX_BASIC_STATS: Final = 0x7FF
 _STAT = struct.Struct("<QQQIIIIQqqq6Q24x")  # struct stat of x86-64
@@ -47,15 +61,31 @@ _STATX_TIME = struct.Struct("<qI4x")
 _STATX_DEVICES = struct.Struct("<IIII")
 
 
+class Node(NamedTuple):
+    """A device node: what an open of it is, and of which device or group."""
+
+    kind: FdKind
+    number: int
+    device: int
+    mode: int = stat.S_IFCHR | 0o600
+
+
 class DevTree:
     """Paths of the served devices, and what stat says of them."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._devices = {f"{DEVICES}/{name}": number for number, name in enumerate(names)}
-        self._inodes = {
-            path: number
-            for number, path in enumerate((VFIO, DEVICES, IOMMU, *self._devices), start=2)
+        """``names``: of the devices, the first of which is in group 0."""
+        self._nodes = {
+            IOMMU: Node(FdKind.IOMMUFD, 0, os.makedev(MAJOR, 0)),
+            CONTAINER: Node(FdKind.CONTAINER, 0, os.makedev(10, 196), stat.S_IFCHR | 0o666),
         }
+        for n, name in enumerate(names):
+            minor = os.makedev(MAJOR, FIRST_GROUP + n)
+            self._nodes[f"{VFIO}/{n}"] = Node(FdKind.GROUP, n, minor)
+            minor = os.makedev(MAJOR, 1 + n)
+            self._nodes[f"{DEVICES}/{name}"] = Node(FdKind.DEVICE, n, minor)
+        paths = (VFIO, DEVICES, *self._nodes, ANONYMOUS)
+        self._inodes = {path: inode for inode, path in enumerate(paths, start=2)}
         self._made = time.time_ns()
         self._lock = threading.Lock()
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -72,9 +102,15 @@ class DevTree:
     def has(self, path: str) -> bool:
         return path in self._inodes
 
+    def node(self, path: str) -> Node:
+        """Return what is at ``path``, which is one of ours and no folder."""
+        return self._nodes[path]
+
     def device(self, path: str) -> int | None:
-        """Return the number of the device at ``path``."""
-        return self._devices.get(path)
+        """Return the number of the device, or of its group, at ``path``."""
+        node = self._nodes.get(path)
+        has_number = node is not None and node.kind in {FdKind.DEVICE, FdKind.GROUP}
+        return node.number if node is not None and has_number else None
 
     def is_folder(self, path: str) -> bool:
         return path in {VFIO, DEVICES}
@@ -115,15 +151,17 @@ class DevTree:
         """Mode, number of links and device number."""
         if self.is_folder(path):
             return stat.S_IFDIR | 0o755, 3 if path == VFIO else 2, 0
-        minor = 0 if path == IOMMU else 1 + self._devices[path]
-        return stat.S_IFCHR | 0o600, 1, os.makedev(MAJOR, minor)
+        if path == ANONYMOUS:
+            return 0o600, 1, 0
+        node = self._nodes[path]
+        return node.mode, 1, node.device
 
     def _root(self) -> str:
         with self._lock:
             if self._directory is None:
                 directory = tempfile.TemporaryDirectory(prefix="vfiomig-dev-")
                 Path(directory.name + DEVICES).mkdir(parents=True)
-                for path in (IOMMU, *self._devices):
+                for path in self._nodes:
                     _make_node(directory.name + path)
                 self._directory = directory
             return self._directory.name

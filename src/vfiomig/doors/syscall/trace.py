@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import FdKind, feature_name, request_name
 from vfiomig.abi.syscalls import X86_64
+from vfiomig.core.group import read_name
 from vfiomig.fsm import State
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ OPERATIONS = (
     (vfio.VFIO_DEVICE_FEATURE_SET, "SET"),
 )
 HEADER = struct.Struct("<II")
+#: Requests whose argument is a number.
+PLAIN = frozenset({"VFIO_CHECK_EXTENSION", "VFIO_SET_IOMMU"})
 NAMES = {number: name for name, number in X86_64.items()}
 #: Arguments of system calls other than ioctl that a line shows, by their position.
 SHOWN = {
@@ -142,6 +145,10 @@ def open_trace(path: Path) -> TextIO:
 def _detail(name: str, arg: int, caller: SyscallCaller) -> str:
     if name == "VFIO_DEVICE_MIG_SET_STATE":
         return _state(caller.read(arg + vfio.MigSetState.device_state.offset, 4))
+    if name in PLAIN:
+        return str(arg)
+    if name == "VFIO_GROUP_GET_DEVICE_FD":
+        return read_name(arg, caller).decode("ascii", "backslashreplace")
     if name != "VFIO_DEVICE_FEATURE":
         return ""
     _, flags = HEADER.unpack(caller.read(arg, HEADER.size))

@@ -1,0 +1,124 @@
+"""VFIO_IOMMU_DIRTY_PAGES, and the bitmap that an unmap may ask for.
+
+Theory of operation
+-------------------
+The log is that of the page table, which devices mark as they write (iommu/port.py). A report is
+about whole mappings, and writes the bits of each from its first page to the end of a 64-bit word:
+unlike those of iommufd and of a device's own log, bits of clean pages are cleared, and what lies
+between mappings is left alone. A device whose IOMMU cannot track its writes makes all that is
+mapped dirty, in every report.
+
+After an error nothing was forgotten; a program counts all memory as dirty then anyway.
+See ``update_user_bitmap`` and ``vfio_iommu_type1_dirty_pages`` in the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from vfiomig.abi import vfio_iommu as abi
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vfiomig.core.caller import Caller
+    from vfiomig.core.type1 import Type1
+    from vfiomig.iommu import Mapping
+
+__all__ = ("check_bitmap", "dirty_pages", "require_writable", "take_locked", "tell")
+
+#: The one page size that a bitmap may have.
+PAGE = 4096
+WORD_BITS, WORD_BYTES = 64, 8
+#: Bytes of the largest bitmap: of as many pages as a positive int counts.
+LARGEST_BITMAP = 1 << 28
+#: No user address lies above.
+HIGHEST_ADDRESS = (1 << 47) - PAGE
+
+START = abi.VFIO_IOMMU_DIRTY_PAGES_FLAG_START
+STOP = abi.VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP
+GET = abi.VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP
+
+
+def dirty_pages(iommu: Type1, arg: int, caller: Caller) -> int:
+    if not iommu.is_v2:
+        raise OSError(errno.EACCES, "version 1 does not track writes")
+    argument = abi.Type1DirtyBitmap.parse(caller.read(arg, abi.Type1DirtyBitmap.SIZE))
+    if argument.argsz < argument.SIZE or argument.flags not in {START, STOP, GET}:
+        raise OSError(errno.EINVAL, "argsz, or not exactly one flag")
+    if argument.flags == GET:
+        caller.blocks()
+        _get_bitmap(iommu, arg + argument.SIZE, argument.argsz - argument.SIZE, caller)
+    else:
+        with iommu.lock:
+            on = argument.flags == START
+            if on is (iommu.table.log is None):  # once more changes nothing
+                iommu.table.track(on)
+    return 0
+
+
+def _get_bitmap(iommu: Type1, arg: int, room: int, caller: Caller) -> None:
+    if room < abi.Type1DirtyBitmapGet.SIZE:
+        raise OSError(errno.EINVAL, "argsz has no room for the range")
+    asked = abi.Type1DirtyBitmapGet.parse(caller.read(arg, abi.Type1DirtyBitmapGet.SIZE))
+    if asked.iova + asked.size >= 1 << 64:
+        raise OSError(errno.EINVAL, "iova + size")
+    check_bitmap(asked.size, asked.bitmap)
+    if (asked.iova | asked.size) % PAGE or iommu.table.log is None:
+        raise OSError(errno.EINVAL, "no whole pages, or dirty pages are not tracked")
+    with iommu.space.lock:
+        found = iommu.find_whole_locked(asked.iova, asked.size)
+    require_writable(found, asked.iova, asked.bitmap.data, caller)
+    with iommu.space.lock:
+        told = take_locked(iommu, iommu.find_whole_locked(asked.iova, asked.size))
+    tell(told, asked.iova, asked.bitmap.data, caller)
+
+
+def check_bitmap(size: int, bitmap: abi.Bitmap) -> None:
+    """Refuse a bitmap that cannot be the one of ``size`` bytes of IOVA: EINVAL."""
+    needed = -(-(size // PAGE) // WORD_BITS) * WORD_BYTES
+    if (
+        bitmap.pgsize != PAGE
+        or not 0 < needed <= bitmap.size <= LARGEST_BITMAP
+        or bitmap.data + bitmap.size > HIGHEST_ADDRESS
+    ):
+        raise OSError(errno.EINVAL, "the bitmap's page size, size or address")
+
+
+def require_writable(mappings: Iterable[Mapping], base: int, address: int, caller: Caller) -> None:
+    """Raise EFAULT unless the words of all these mappings can be written."""
+    for mapping in mappings:
+        first, last = _words_of(mapping, base)
+        start, length = address + first * WORD_BYTES, (last - first) * WORD_BYTES
+        if not caller.check(start, length, writable=True):
+            raise OSError(errno.EFAULT, "the bitmap cannot be written")
+
+
+def take_locked(iommu: Type1, mappings: Iterable[Mapping]) -> list[tuple[Mapping, int]]:
+    """Return mappings with their bits, which are forgotten; ``iommu.space.lock`` is held."""
+    log = iommu.table.log
+    if log is None:
+        raise OSError(errno.EINVAL, "dirty pages are not tracked")
+    told = []
+    for mapping in mappings:
+        bits = int.from_bytes(log.report(mapping.iova, mapping.length, PAGE), "little")
+        told.append((mapping, bits if iommu.tracks else (1 << mapping.length // PAGE) - 1))
+    return told
+
+
+def tell(told: Iterable[tuple[Mapping, int]], base: int, address: int, caller: Caller) -> None:
+    """Write bits where they belong in a bitmap that begins with the page at ``base``."""
+    for mapping, bits in told:
+        first, last = _words_of(mapping, base)
+        at = address + first * WORD_BYTES
+        shift = (mapping.iova - base) // PAGE % WORD_BITS
+        before = int.from_bytes(caller.read(at, WORD_BYTES), "little") if shift else 0
+        word = before & ((1 << shift) - 1) | bits << shift
+        caller.write(at, word.to_bytes((last - first) * WORD_BYTES, "little"))
+
+
+def _words_of(mapping: Mapping, base: int) -> tuple[int, int]:
+    """The words that hold a mapping's bits: the first, and the one behind the last."""
+    start = (mapping.iova - base) // PAGE
+    return start // WORD_BITS, -(-(start + mapping.length // PAGE) // WORD_BITS)
