@@ -39,6 +39,7 @@ __all__ = (
     "COMMAND",
     "ENVIRONMENT",
     "SOURCE",
+    "WAIT",
     "Gated",
     "Plain",
     "Slow",
@@ -216,6 +217,19 @@ UNUSED static int take_fd(int socket)
     int fd;
     memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&message)), sizeof fd);
     return fd;
+}
+"""
+
+#: For programs with a ``Worker``.
+WAIT = r"""
+UNUSED static void await_rounds(int device, uint64_t more)
+{
+    uint64_t first, seen;
+    CHECK(pread(device, &first, 8, BAR0) == 8);
+    do {
+        nap(0.001);
+        CHECK(pread(device, &seen, 8, BAR0) == 8);
+    } while (seen < first + more);
 }
 """
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from door_programs import Worker, build, serve
+from door_programs import WAIT, Worker, build, serve
 from vfiomig.iommu.backing import FileMemory, ShrinkingFileMemory
 from vfiomig.memory import ProgramMemory
 
@@ -65,18 +65,6 @@ def mapped_here() -> int:
 
 
 KINDS = [("sealed", FileMemory), ("memfd", ShrinkingFileMemory), ("anonymous", ProgramMemory)]
-
-WAIT = r"""
-static void await_rounds(int device, uint64_t more)
-{
-    uint64_t first, seen;
-    CHECK(pread(device, &first, 8, BAR0) == 8);
-    do {
-        nap(0.001);
-        CHECK(pread(device, &seen, 8, BAR0) == 8);
-    } while (seen < first + more);
-}
-"""
 
 
 @pytest.fixture(scope="module")

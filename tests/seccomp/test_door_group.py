@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from door_programs import Plain, Worker, build, serve, served
+from door_programs import WAIT, Plain, Worker, build, serve, served
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.doors.syscall.trace import Trace
 
@@ -170,15 +170,6 @@ def test_copies_that_went_elsewhere_keep_everything(tmp_path: Path) -> None:
 def test_dma_goes_through_the_container_until_its_end(tmp_path: Path, end: str) -> None:
     body = r"""
     #define BUS 0x100000ull
-    static void await_rounds(int device, uint64_t more)
-    {
-        uint64_t first, seen;
-        CHECK(pread(device, &first, 8, BAR0) == 8);
-        do {
-            nap(0.001);
-            CHECK(pread(device, &seen, 8, BAR0) == 8);
-        } while (seen < first + more);
-    }
     int main(int argc, char **argv)
     {
         open_group(0);
@@ -205,7 +196,9 @@ def test_dma_goes_through_the_container_until_its_end(tmp_path: Path, end: str) 
     }
     """
     device = Worker()
-    assert serve([device], [build(tmp_path, OLD + body), end]) == (137 if end == "kill" else 0)
+    assert serve([device], [build(tmp_path, WAIT + OLD + body), end]) == (
+        137 if end == "kill" else 0
+    )
     device.check()
 
 

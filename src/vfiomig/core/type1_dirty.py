@@ -6,7 +6,7 @@ The log is that of the page table, which devices mark as they write (iommu/port.
 about whole mappings, and writes the bits of each from its first page to the end of a 64-bit word:
 unlike those of iommufd and of a device's own log, bits of clean pages are cleared, and what lies
 between mappings is left alone. A device whose IOMMU cannot track its writes makes all that is
-mapped dirty, in every report.
+mapped dirty, in every report (docs/protocol.md, CHOICE-16).
 
 After an error nothing was forgotten; a program counts all memory as dirty then anyway.
 See ``update_user_bitmap`` and ``vfio_iommu_type1_dirty_pages`` in the kernel.

@@ -120,16 +120,11 @@ class Calls:
             return opened.context.ioctl(number, call.args[2], caller)
         if number == termios.FIONREAD:
             raise OSError(errno.ENOTTY, "no request of a file of ours")
-        if type(opened) is DeviceOpen:
+        if type(opened) is DeviceOpen or type(opened) is GroupOpen:
             opened.enter()
             try:
-                return opened.file.ioctl(number, call.args[2], caller)
-            finally:
-                opened.leave()
-        if type(opened) is GroupOpen:
-            opened.enter()
-            try:
-                return opened.group.ioctl(number, call.args[2], caller)
+                target = opened.file if type(opened) is DeviceOpen else opened.group
+                return target.ioctl(number, call.args[2], caller)
             finally:
                 opened.leave()
         assert isinstance(opened, DataOpen)
