@@ -120,10 +120,10 @@ class Calls:
             return opened.context.ioctl(number, call.args[2], caller)
         if number == termios.FIONREAD:
             raise OSError(errno.ENOTTY, "no request of a file of ours")
-        if type(opened) is DeviceOpen or type(opened) is GroupOpen:
+        if isinstance(opened, DeviceOpen | GroupOpen):
             opened.enter()
             try:
-                target = opened.file if type(opened) is DeviceOpen else opened.group
+                target = opened.group if isinstance(opened, GroupOpen) else opened.file
                 return target.ioctl(number, call.args[2], caller)
             finally:
                 opened.leave()
