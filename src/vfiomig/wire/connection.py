@@ -146,7 +146,7 @@ class Connection(ReceiveBuffer):
             self._need = size
             return None
         start = self._start
-        stop = self._hand_out(size, held)
+        stop = self._hand_out(size, held, wanted=True)
         request = Request(msg_id, command, flags, self._view[start + HEADER_SIZE : start + head])
         request.data = self._view[start + head : stop]
         request.data_size = size - head
@@ -167,7 +167,7 @@ class Connection(ReceiveBuffer):
             return None
         del self._outstanding[msg_id]
         start = self._start
-        stop = self._hand_out(size, held)
+        stop = self._hand_out(size, held, wanted=not failed)
         reply = Reply(msg_id, command, flags)
         if failed:
             # A payload, which libvfio-user sends if it had made one already, says nothing more.
@@ -184,12 +184,15 @@ class Connection(ReceiveBuffer):
                 reply.refusal = _lost_fds(row)
         return reply
 
-    def _hand_out(self, size: int, held: int) -> int:
+    def _hand_out(self, size: int, held: int, *, wanted: bool) -> int:
         """Step over the message at ``_start``; return where what is there of it ends."""
         there = min(size, held)
         self._start += there
-        self.missing = size - there
         self._need = 0
+        if wanted:
+            self.missing = size - there
+        else:
+            self._unwanted = size - there
         return self._start
 
     def _take_fds(self, request: Request, stop: int, row: Command) -> None:
@@ -221,7 +224,7 @@ class Connection(ReceiveBuffer):
             self._break(header, what)
         request = Request(msg_id, command, flags)
         request.refusal = WireError(errno.EINVAL, what)
-        stop = self._hand_out(size, held)
+        stop = self._hand_out(size, held, wanted=False)
         if self._marks:
             request.fds, _ = self._claim(stop)
         return request

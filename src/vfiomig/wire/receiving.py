@@ -8,9 +8,9 @@ no more than that is copied. It grows only for a message that must be there as a
 its size, and is given up after it. What is handed out are views of the buffer; they hold until
 ``buffer`` is called, which moves the beginning of an incomplete message to the front.
 
-A message may be handed out before all of it is there; ``missing`` bytes of it are still to come.
-Whoever wants them receives them where they belong and tells ``took``; what nobody takes is dropped
-as it arrives.
+A message with data may be handed out before all of them are there; ``missing`` bytes are still to
+come. Whoever wants them receives them where they belong and tells ``took``; what nobody takes is
+dropped as it arrives.
 
 Descriptors
 -----------
@@ -54,8 +54,10 @@ class ReceiveBuffer:
         #: The size of the message at ``_start``, if it is known and more must come.
         self._need = 0
         self._marks: list[_Mark] = []
-        #: How many bytes of the message that was handed out last have not arrived yet.
+        #: How many bytes of the data that were handed out last have not arrived yet.
         self.missing = 0
+        #: How many bytes still to come belong to a message of which nothing more is wanted.
+        self._unwanted = 0
 
     def buffer(self) -> memoryview:
         """Return where to receive the next bytes. Views that were handed out end here."""
@@ -85,16 +87,23 @@ class ReceiveBuffer:
         the message that they belong to is refused.
         """
         self._end += count
-        if self.missing:
-            dropped = min(self.missing, count)
-            self.missing -= dropped
-            self._start += dropped
+        if self.missing or self._unwanted:
+            self._drop(count)
         if not fds and not lost:
             return NO_FDS
         if self._start == self._end or not count:
             return fds
         self._marks.append(_Mark(self._end - 1, fds, lost))
         return NO_FDS
+
+    def _drop(self, count: int) -> None:
+        """Step over those of ``count`` new bytes that nobody took or wants."""
+        dropped = min(self.missing or self._unwanted, count)
+        self._start += dropped
+        if self.missing:
+            self.missing -= dropped
+        else:
+            self._unwanted -= dropped
 
     def took(self, count: int) -> None:
         """Note that ``count`` of the missing bytes were received elsewhere."""
@@ -105,7 +114,7 @@ class ReceiveBuffer:
     @property
     def between_messages(self) -> bool:
         """Whether a peer that leaves now leaves no message half sent."""
-        return self._start == self._end and not self.missing
+        return self._start == self._end and not self.missing and not self._unwanted
 
     def close(self) -> list[int]:
         """End; return the descriptors that wait for the rest of their message."""

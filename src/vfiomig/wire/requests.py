@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 #: (offset, region, number of bytes), the head of REGION_READ and REGION_WRITE.
 pack_region_access = REGION_ACCESS.pack
-unpack_region_access = REGION_ACCESS.unpack
+unpack_region_access = REGION_ACCESS.unpack_from
 
 END = 1 << 64
 DMA_FLAGS = (
@@ -59,13 +59,6 @@ class Write(NamedTuple):
     offset: int
     region: int
     data: memoryview
-
-
-class DmaAccess(NamedTuple):
-    """A read or write of the client's memory."""
-
-    addr: int
-    size: int
 
 
 class FeatureRequest(NamedTuple):
@@ -129,19 +122,26 @@ def dma_unmap_untrusted(request: Request) -> Unmap:
     return Unmap(asked.argsz, asked.flags, asked.addr, asked.size, bitmap)
 
 
-def dma_access_untrusted(request: Request, limits: Limits) -> DmaAccess:
-    """Return which memory of the client DMA_READ or DMA_WRITE is about."""
+def dma_read_untrusted(request: Request, limits: Limits) -> tuple[int, int]:
+    """Return (address, number of bytes) of the client's memory that are asked for."""
     if request.refusal is not None:
         raise request.refusal
-    addr, count = DMA_ACCESS.unpack_from(request.body)
-    if request.command == vfio_user.VFIO_USER_DMA_WRITE:
-        if count != request.data_size:
-            raise _invalid(f"DMA_WRITE of {count} bytes with {request.data_size}")
-    elif count > limits.data_out:
-        raise WireError(errno.E2BIG, f"DMA_READ of {count} bytes, {limits.data_out} are the most")
-    if addr + count > END:
-        raise _invalid(f"DMA of {count:#x} bytes at {addr:#x}")
-    return DmaAccess(addr, count)
+    addr, size = DMA_ACCESS.unpack_from(request.body)
+    if size > limits.data_out:
+        raise WireError(errno.E2BIG, f"DMA_READ of {size} bytes, {limits.data_out} are the most")
+    if addr + size > END:
+        raise _invalid(f"DMA_READ of {size} bytes at {addr:#x}")
+    return addr, size
+
+
+def dma_write_untrusted(request: Request) -> tuple[int, int]:
+    """Return (address, number of bytes) of the client's memory; the bytes are the data."""
+    if request.refusal is not None:
+        raise request.refusal
+    addr, size = DMA_ACCESS.unpack_from(request.body)
+    if size != request.data_size or addr + size > END:
+        raise _invalid(f"DMA_WRITE of {size} bytes at {addr:#x} with {request.data_size}")
+    return addr, size
 
 
 # The device.

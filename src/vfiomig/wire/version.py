@@ -136,8 +136,8 @@ def answer_untrusted(body: memoryview, ours: Capabilities) -> tuple[bytes, Limit
         max_bitmap_size=_least(ours.max_bitmap_size, theirs.max_bitmap_size),
         mig_stream=_both(ours.mig_stream, theirs.mig_stream),
     )
-    payload, said = _fitting(minor, said, len(body))
-    return payload, _limits(minor, said.mig_stream is not None, ours, theirs)
+    payload, fitting = _fitting(minor, said, len(body))
+    return payload, _limits(minor, fitting.mig_stream is not None, said, theirs)
 
 
 def accept_untrusted(body: memoryview, ours: Capabilities) -> Limits:
