@@ -2,6 +2,8 @@
  * Data transfer sessions in the landed dialect: what a data_fd is, what moves through it, and when
  * it ends.
  */
+#include <semaphore.h>
+
 #include "landed.h"
 
 static const unsigned char zeros[8192];
@@ -394,6 +396,7 @@ static double seconds(void)
 }
 
 static double woken;
+static sem_t first_read;
 
 static void *read_slowly(void *number)
 {
@@ -402,6 +405,7 @@ static void *read_slowly(void *number)
 	ssize_t count = read(fd, buffer, 4096);
 
 	say("read = %s", outcome(count));
+	sem_post(&first_read);
 	count = read(fd, buffer, 4096);
 	woken = seconds();
 	say("the read that waited = %s", outcome(count));
@@ -420,8 +424,10 @@ static void section_blocked(void)
 
 		command(dev, 0x10, &one, 1);
 		fd = go(dev, STOP_COPY);
+		sem_init(&first_read, 0, 0);
 		pthread_create(&reader, NULL, read_slowly, &fd);
-		usleep(100000);
+		sem_wait(&first_read);
+		usleep(100000); /* for the reader to be in the read that waits */
 		say("%s ends the session:", ways[at] < 0 ? "RESET" : state_name(ways[at]));
 		ended = seconds();
 		if (ways[at] < 0)
