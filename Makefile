@@ -17,7 +17,7 @@ PYTHON ?= python3
 export PYTHON
 RUN := .venv/bin/python
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
-FAST := tests/unit tests/property tests/seccomp
+FAST := tests/unit tests/property tests/seccomp tests/vfio_user
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18

@@ -90,6 +90,16 @@ VERBS: Final = (
         ),
     ),
     Verb(
+        "serve",
+        "vfiomig.cli.serve:serve",
+        "Serve a device over a vfio-user socket.",
+        (
+            "vfiomig serve pattern,size=1G --socket /tmp/vfio-user.sock",
+            "vfiomig serve virtio_blk,size=64M --socket /tmp/disk.sock --once",
+            "vfiomig serve counter --fd 3",
+        ),
+    ),
+    Verb(
         "draw",
         "vfiomig.cli.draw:draw",
         "Draw the state machine of a capability set.",

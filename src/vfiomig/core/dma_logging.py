@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
 from vfiomig.iommu import DirtyLog
+from vfiomig.iommu.dirty import bitmap_size
 
 if TYPE_CHECKING:
     from vfiomig.core.caller import Caller
@@ -79,7 +80,7 @@ def report(device: VfioDevice, operation: int, payload: int, caller: Caller) -> 
         raise OSError(errno.EINVAL, "logging has not been started")
     # Also where there is nothing to tell: a bitmap that cannot be written is not found out about
     # only in the report that matters.
-    bitmap_size = -(-asked.length // (asked.page_size * 64)) * 8
-    if not caller.check(asked.bitmap, bitmap_size, writable=True):
+    size = bitmap_size(asked.length, asked.page_size)
+    if not caller.check(asked.bitmap, size, writable=True):
         raise OSError(errno.EFAULT, "the bitmap cannot be written")
     log.report_into(asked.iova, asked.length, asked.page_size, caller, asked.bitmap)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from vfiomig.abi import iommufd as abi
 from vfiomig.core.ioas import Ioas
 from vfiomig.iommu import PageTable
+from vfiomig.iommu.dirty import bitmap_size
 from vfiomig.iommu.space import ALIGNMENT
 
 if TYPE_CHECKING:
@@ -130,8 +131,7 @@ def get_dirty_bitmap(context: Iommufd, argument: abi.HwptGetDirtyBitmap, caller:
         return 0
     length = hwpt.table.space.mapped_length(argument.iova, argument.length)
     page_size = argument.page_size & -argument.page_size  # its lowest bit is all that counts
-    bitmap_size = -(-length // (page_size * 64)) * 8
-    if not caller.check(argument.data, bitmap_size, writable=True):
+    if not caller.check(argument.data, bitmap_size(length, page_size), writable=True):
         raise OSError(errno.EFAULT, "the bitmap cannot be written")
     clear = not argument.flags & abi.IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR
     log.report_into(argument.iova, length, page_size, caller, argument.data, clear=clear)

@@ -144,6 +144,12 @@ class Irqs(Interrupts):
                 for index in list(self._single):
                     self._single.pop(index).close()
 
+    def set_grows(self, on: bool) -> None:
+        """Let vectors be added to those that are enabled: they come in several requests."""
+        with self._lock:
+            for messages in self._messages.values():
+                messages.grows = on
+
     def first_open(self) -> None:
         """Start from a command register of power-on."""
         with self._lock:

@@ -4,7 +4,7 @@ Theory of operation
 -------------------
 A message is sent once. While its vector is masked the pending bit is set instead, and the message
 is sent when the vector is unmasked. How many vectors there are is settled when the first are given
-(``VFIO_IRQ_INFO_NORESIZE``).
+(``VFIO_IRQ_INFO_NORESIZE``), unless what is one request elsewhere comes in parts (``grows``).
 
 Under VFIO the MSI-X table belongs to the host, which writes a vector's entry and unmasks it when
 it starts to serve the vector. So does ``MsixTable`` when a vector gets its eventfd; a program may
@@ -121,6 +121,8 @@ class Messages:
 
     def __init__(self, masks: Masks) -> None:
         self.masks = masks
+        #: Whether vectors may be added to those that were enabled.
+        self.grows = False
         self.triggers: list[EventFd | None] = []
 
     def enable(self, count: int) -> None:
@@ -146,7 +148,9 @@ class Messages:
         """Give a vector the eventfd that ``find`` finds; the one that it had is gone by then."""
         self.drop(vector)
         if vector >= len(self.triggers):
-            raise OSError(errno.EINVAL, "the vector is beyond those that were enabled")
+            if not self.grows:
+                raise OSError(errno.EINVAL, "the vector is beyond those that were enabled")
+            self.triggers += [None] * (vector + 1 - len(self.triggers))
         self.triggers[vector] = find()
         self.masks.serve(vector, on=True)
         self.send_pending((vector,))

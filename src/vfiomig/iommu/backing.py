@@ -159,13 +159,18 @@ class Backings:
                     return self._map_locked(paths, segment[4:6], offset, length, writable=writable)
             return Place(self._program_locked(process, thread, address), address)
 
-    def of_file(self, fd: Fd, offset: int, length: int, *, writable: bool) -> Place:
+    def of_file(
+        self, fd: Fd, offset: int, length: int, *, writable: bool, any_file: bool = False
+    ) -> Place:
         """Find a part of the file that a program named.
+
+        ``any_file``: one of a disk will do as well.
 
         Raises:
             OSError: EINVAL (a file of no kind that is memory, or it ends before), EPERM.
         """
-        if not _is_memory(fd.fileno()):
+        on_disk = any_file and stat.S_ISREG(os.fstat(fd.fileno()).st_mode)
+        if not on_disk and not _is_memory(fd.fileno()):
             raise RequestError(errno.EINVAL, "the file is none of a tmpfs or hugetlbfs")
         if writable and _access(fd.fileno()) == os.O_RDONLY:
             raise RequestError(errno.EPERM, "the descriptor is for reading only")

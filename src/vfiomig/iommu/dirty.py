@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ("UNIT", "BitmapMemory", "DirtyLog")
+__all__ = ("UNIT", "BitmapMemory", "DirtyLog", "bitmap_size")
 
 #: Bytes that one remembered write covers at least.
 UNIT = 4096
@@ -30,6 +30,11 @@ WORD_BITS = 64
 WORD_BYTES = 8
 #: Neighbouring words of a caller's bitmap that are read and written together, at most.
 MERGE_WORDS = 512
+
+
+def bitmap_size(length: int, page_size: int) -> int:
+    """Bytes of the bitmap of ``length`` bytes: a multiple of 8."""
+    return -(-length // (page_size * WORD_BITS)) * WORD_BYTES
 
 
 class BitmapMemory(Protocol):
@@ -74,7 +79,7 @@ class DirtyLog:
         """
         with self._lock:
             words, _ = self._take_locked(iova, length, page_size)
-        bitmap = bytearray(-(-length // (page_size * WORD_BITS)) * WORD_BYTES)
+        bitmap = bytearray(bitmap_size(length, page_size))
         for at, word in words.items():
             bitmap[at * WORD_BYTES : (at + 1) * WORD_BYTES] = word.to_bytes(WORD_BYTES, "little")
         return bitmap

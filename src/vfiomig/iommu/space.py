@@ -204,8 +204,10 @@ class IoSpace:
         with self.lock:
             return self._find_free_locked(length, hint)
 
-    def unmap(self, iova: int, length: int) -> int:
+    def unmap(self, iova: int, length: int, *, one: bool = False) -> int:
         """Remove the mappings inside [iova, iova + length); return how many bytes they held.
+
+        ``one``: only a single mapping that is just this range.
 
         Raises:
             RequestError: ENOENT when there is none, or when one would have to be cut.
@@ -213,7 +215,8 @@ class IoSpace:
         end = iova + length
         with self.lock:
             inside = self.overlapping_locked(iova, length)
-            if not inside or inside[0].iova < iova or inside[-1].end > end:
+            cuts = not inside or inside[0].iova < iova or inside[-1].end > end
+            if cuts or (one and inside[0].length != length):
                 raise RequestError(
                     errno.ENOENT, f"[{iova:#x}, {end:#x}) does not hold whole mappings"
                 )

@@ -1,0 +1,92 @@
+"""``vfiomig serve``: a device behind a vfio-user socket."""
+
+from __future__ import annotations
+
+import signal
+import socket as sockets
+import stat
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vfiomig.core.vfio_device import VfioDevice
+from vfiomig.descriptors import Fd
+from vfiomig.doors.vfio_user import Server
+from vfiomig.errors import SpecError
+from vfiomig.models import make
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+__all__ = ("serve",)
+
+
+def serve(
+    spec: str,
+    *,
+    socket: Path | None = None,
+    fd: int | None = None,
+    once: bool = False,
+) -> int:
+    """Serve a device over vfio-user.
+
+    Clients are served one after the other, each of them finds the device in RUNNING, and who comes
+    meanwhile waits. Ctrl-C or SIGTERM ends it, and removes the socket. The exit code is 0 after
+    --once, 128+n after signal n.
+
+    Parameters
+    ----------
+    spec:
+        The device: NAME[,key=value...] or path.py:Class[,key=value...].
+    socket:
+        Where the socket is to be. One that a server left behind is replaced, any other is not.
+    fd:
+        A socket that was handed over: it listens, or is connected to the one client.
+    once:
+        End when the first client has left.
+    """
+    if (socket is None) == (fd is None):
+        raise SpecError("name a socket: vfiomig serve pattern --socket /tmp/vfio-user.sock")
+    device = VfioDevice(make(spec))
+    given = None if fd is None else _inherited(fd)
+    with _ended_by_sigterm(), Server(device, socket, sock=given, once=once) as server:
+        print(f"serving {spec} on {socket or f'descriptor {fd}'}", file=sys.stderr, flush=True)
+        server.wait()
+    return 0
+
+
+def _inherited(number: int) -> sockets.socket:
+    """Take over a socket that the caller's parent opened.
+
+    Raises:
+        SpecError: it is not open, or is none that vfio-user can be spoken over.
+    """
+    try:
+        fd = Fd(number)
+    except OSError:
+        raise SpecError(f"--fd {number}: it is not open") from None
+    with fd:
+        is_socket = stat.S_ISSOCK(Path(f"/proc/self/fd/{number}").stat().st_mode)
+        given = sockets.socket(fileno=fd.fileno()) if is_socket else None
+        if given is None or (given.family, given.type) != (sockets.AF_UNIX, sockets.SOCK_STREAM):
+            if given is not None:
+                given.detach()
+            raise SpecError(f"--fd {number}: it is no Unix stream socket")
+        fd.move()
+        return given
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block in order, as Ctrl-C does."""
+
+    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise SystemExit(128 + number)
+
+    former = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,217 @@
+"""MIG_DATA_READ and MIG_DATA_WRITE: bytes of the state, between the socket and the device.
+
+Theory of operation
+-------------------
+Either is a ``Transfer`` of the current session, which may answer it at once or later, from its own
+thread; later ones do not hold up other requests, so a read that waits wakes when a request ends
+its session.
+
+A read is answered by one message that begins with its length. When the piece of memory that the
+device yields completes it, the message is sent right there, from the device's memory, in one
+``sendmsg``; only what came before that piece in small parts has been gathered in a buffer. As many
+bytes are sent as the device has for now, up to what was asked for.
+
+A write's bytes are still in the socket when the session gets it. ``move`` receives them where the
+device wants them, in whichever thread that is. If the device does not want them soon they are
+received into a buffer, once, because what stands behind them in the socket must be reached.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from typing import TYPE_CHECKING
+
+from vfiomig.doors.vfio_user.line import ClientGone
+from vfiomig.wire.layouts import MIG_DATA
+
+if TYPE_CHECKING:
+    from vfiomig.core.transfer import Migf
+    from vfiomig.doors.vfio_user.line import Line
+    from vfiomig.wire import Buffer, Request
+
+__all__ = ("StateData",)
+
+#: Transfers that wait for the device at the same time; a further one is not begun.
+PENDING = 4
+#: Seconds without progress after which the bytes of a write are taken out of the socket.
+SOON = 0.005
+#: How often is looked whether a client is still there for whom the device does nothing.
+LOOK = 0.5
+NOTHING = memoryview(b"")
+
+
+class StateData:
+    """The transfers of one client, and the buffers that they share."""
+
+    def __init__(self, line: Line, *, tells_end: bool, pads: bool = False) -> None:
+        """``tells_end``: the temporary end of pre-copy is ENOMSG, and not no bytes.
+
+        ``pads``: replies are as long as what was asked for.
+        """
+        self.line = line
+        self.tells_end = tells_end
+        self.pads = pads
+        self._changed = threading.Condition()
+        self._pending = 0
+        self._spare: bytearray | None = None
+
+    def read(self, migf: Migf, request: Request, size: int) -> None:
+        """Answer MIG_DATA_READ, now or later."""
+        self._begin()
+        migf.submit(ReadTransfer(self, request, size))
+
+    def write(self, migf: Migf, request: Request, size: int) -> None:
+        """Answer MIG_DATA_WRITE, now or later; its bytes are out of the socket afterwards."""
+        if self._pending >= PENDING:
+            request.data = self.line.data_of(request)
+            self.line.lend()
+        self._begin()
+        transfer = WriteTransfer(self, request, size)
+        migf.submit(transfer)
+        transfer.settle()
+
+    def _begin(self) -> None:
+        with self._changed:
+            while not self._changed.wait_for(lambda: self._pending < PENDING, LOOK):
+                if self.line.hung_up:
+                    raise ClientGone("it left while the device was at its transfers")
+            self._pending += 1
+
+    def answered(self, buffer: bytearray | None) -> None:
+        """Note that a transfer has its answer, and keep its buffer for another."""
+        with self._changed:
+            self._pending -= 1
+            if buffer is not None:
+                self._spare = buffer
+            self._changed.notify_all()
+
+    def buffer(self, size: int) -> bytearray:
+        """Return a buffer of ``size`` bytes or more."""
+        with self._changed:
+            spare, self._spare = self._spare, None
+        return spare if spare is not None and len(spare) >= size else bytearray(size)
+
+
+class ReadTransfer:
+    """``core.transfer.Transfer`` of a MIG_DATA_READ."""
+
+    __slots__ = ("_buffer", "_data", "_request", "_sent", "size")
+
+    def __init__(self, data: StateData, request: Request, size: int) -> None:
+        self._data = data
+        self._request = request
+        self._buffer: bytearray | None = None
+        self._sent = False
+        self.size = size
+
+    def move(self, view: memoryview, done: int) -> int:
+        end = done + len(view)
+        if end == self.size:
+            self._sent = True
+            self._send(self._gathered(done), view)
+        else:
+            if self._buffer is None:
+                self._buffer = self._data.buffer(self.size)
+            self._buffer[done:end] = view
+        return len(view)
+
+    def finish(self, result: int) -> None:
+        if not self._sent:
+            if result >= 0 or (result == -errno.ENOMSG and not self._data.tells_end):
+                self._send(self._gathered(max(result, 0)))
+            else:
+                line = self._data.line
+                line.send(line.wire.error(self._request, -result))
+        self._data.answered(self._buffer)
+
+    def _gathered(self, size: int) -> memoryview:
+        return NOTHING if self._buffer is None else memoryview(self._buffer)[:size]
+
+    def _send(self, *pieces: memoryview) -> None:
+        size = sum(map(len, pieces))
+        padding: tuple[Buffer, ...] = ()
+        if self._data.pads and size < self.size:
+            padding = (bytes(self.size - size),)
+        head = MIG_DATA.pack(MIG_DATA.size + size, size)
+        line = self._data.line
+        line.send(line.wire.reply(self._request, head, *filter(len, pieces), *padding))
+
+
+class WriteTransfer:
+    """``core.transfer.Transfer`` of a MIG_DATA_WRITE."""
+
+    __slots__ = (
+        "_answered",
+        "_buffer",
+        "_data",
+        "_here",
+        "_in_socket",
+        "_progress",
+        "_request",
+        "size",
+    )
+
+    def __init__(self, data: StateData, request: Request, size: int) -> None:
+        self._data = data
+        self._request = request
+        self._here = request.data
+        self._in_socket = size - len(request.data)
+        #: Guards the two above, and tells that they changed or that the answer is there.
+        self._progress = threading.Condition()
+        self._answered = False
+        self._buffer: bytearray | None = None
+        self.size = size
+
+    def move(self, view: memoryview, done: int) -> int:  # noqa: ARG002 - bytes come in their order
+        with self._progress:
+            moved = min(len(self._here), len(view))
+            view[:moved] = self._here[:moved]
+            self._here = self._here[moved:]
+            moved += self._receive(view[moved : moved + self._in_socket])
+            self._progress.notify_all()
+        return moved
+
+    def _receive(self, view: memoryview) -> int:
+        """Receive all of ``view``, less if the client goes."""
+        at = 0
+        try:
+            while at < len(view):
+                at += self._data.line.receive_into(view[at:])
+        except ClientGone:
+            self._data.line.hang_up()
+        self._in_socket -= at
+        return at
+
+    def settle(self) -> None:
+        """Get the bytes out of the socket: the device takes them, or a buffer.
+
+        What nobody wants any more is dropped with the next message.
+        """
+        with self._progress:
+            while self._in_socket and not self._answered:
+                left = self._in_socket
+                self._progress.wait(SOON)
+                if self._in_socket == left and not self._answered:
+                    self._stage()
+
+    def _stage(self) -> None:
+        self._buffer = self._data.buffer(self.size)
+        view = memoryview(self._buffer)
+        size = len(self._here)
+        view[:size] = self._here
+        size += self._receive(view[size : size + self._in_socket])
+        self._in_socket = 0
+        self._here = view[:size]
+
+    def finish(self, result: int) -> None:
+        line = self._data.line
+        if result == self.size:
+            line.send(line.wire.reply(self._request))
+        else:
+            # Of a write that is taken in part load() has not wanted the rest, and will not.
+            line.send(line.wire.error(self._request, errno.ENOMEM if result >= 0 else -result))
+        with self._progress:
+            self._answered = True
+            self._progress.notify_all()
+        self._data.answered(self._buffer)
