@@ -2,9 +2,9 @@
  * Data transfer sessions in the landed dialect: what a data_fd is, what moves through it, and when
  * it ends.
  */
-#include <semaphore.h>
-
 #include "landed.h"
+
+#include <semaphore.h>
 
 static const unsigned char zeros[8192];
 
