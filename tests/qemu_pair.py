@@ -129,6 +129,16 @@ class VfioGuest(Guest):
         """Return every VFIO_DEVICE_FEATURE of one device that failed, with its errno."""
         return [(words, error) for words, error in self._features(number) if error]
 
+    def read_before_the_switch(self, number: int) -> int:
+        """Return how many bytes QEMU read from one device until it asked it for STOP_COPY."""
+        size = 0
+        for row in self.requests():
+            if row["on"] == f"vfio{number}" and row["request"].endswith(" STOP_COPY)"):
+                break
+            if row["on"] == f"vfio{number}:saving" and row["request"].startswith("read("):
+                size += max(row["result"], 0)
+        return size
+
     def resets(self, number: int) -> int:
         """Return how often QEMU has reset one device."""
         return self.requests_on(f"vfio{number}").count("VFIO_DEVICE_RESET()")
