@@ -85,10 +85,24 @@ class VfioGuest(Guest):
         super().__init__(qemu, machine, launcher=[*launcher, *program], pass_fds=pass_fds)
 
     @property
+    def qemu_pid(self) -> int:
+        """QEMU itself, the one process that ``vfiomig run`` started from its main thread."""
+        (child,) = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return int(child)
+
+    @property
     def status(self) -> str:
         """What QEMU says of its machine: running, postmigrate and so on."""
         status: str = self.qmp.execute("query-status")["status"]
         return status
+
+    def wait_status(self, wanted: str, *, timeout: float = 10) -> None:
+        """Wait until QEMU says this of its machine."""
+        deadline = time.monotonic() + timeout
+        while (status := self.status) != wanted:
+            if time.monotonic() > deadline:
+                raise GuestTimeout(f"the machine is {status}, not {wanted}, after {timeout} s")
+            time.sleep(_POLL_S)
 
     def wait_firmware(self, *, timeout: float = 20) -> None:
         """Wait until the firmware has set up all that there is, and found no system to start."""
@@ -117,6 +131,10 @@ class VfioGuest(Guest):
         """Return the states that QEMU asked one device for."""
         return [state for on, state in self.states() if on == f"vfio{number}"]
 
+    def requests_of(self, number: int) -> list[dict[str, Any]]:
+        """Return the lines of the trace that are about one device itself, not its sessions."""
+        return [row for row in self.requests() if row["on"] == f"vfio{number}"]
+
     def requests_on(self, label: str) -> list[str]:
         """Return the requests on what the trace calls ``label``: vfio0, iommu, vfio0:saving."""
         return [row["request"] for row in self.requests() if row["on"] == label]
@@ -144,7 +162,7 @@ class VfioGuest(Guest):
         return self.requests_on(f"vfio{number}").count("VFIO_DEVICE_RESET()")
 
     def _features(self, number: int) -> list[tuple[str, str]]:
-        rows = [row for row in self.requests() if row["on"] == f"vfio{number}"]
+        rows = self.requests_of(number)
         found = ((_FEATURE.fullmatch(row["request"]), row["errno"]) for row in rows)
         return [(match[1], error) for match, error in found if match]
 

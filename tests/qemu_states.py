@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Final
+import re
+from typing import TYPE_CHECKING, Any, Final
 
-from vfiomig.fsm import Capability, parse_capabilities
+from vfiomig.fsm import Arc, Capability, State, parse_capabilities, path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = (
     "CAPS",
     "SOURCE_STATES",
     "TARGET_STATES",
+    "follow",
     "has_p2p",
     "has_pre_copy",
     "machine_starts",
@@ -48,3 +53,39 @@ def machine_starts(caps: str) -> list[str]:
 def machine_stops(caps: str) -> list[str]:
     """What QEMU asks for when it quits and the machine runs."""
     return ["RUNNING_P2P", "STOP"] if has_p2p(caps) else ["STOP"]
+
+
+_SET: Final = re.compile(r"VFIO_DEVICE_FEATURE\(SET MIG_DEVICE_STATE (\w+)\)")
+
+
+def follow(rows: Iterable[dict[str, Any]], caps: str, *, fatal: bool = False) -> State:
+    """Follow a device through its part of a trace, and return the state that it is left in.
+
+    Every arc that the device's core took is compared with what the protocol says: from the state
+    that the device was in, towards the one that it was asked for, no further than a failure.
+    With ``fatal`` the failure of an arc leads to ERROR, and nothing else does.
+    """
+    at = State.RUNNING
+    for row in rows:
+        if row["request"] == "VFIO_DEVICE_RESET()":
+            assert row["errno"] is None, row
+            at = State.RUNNING
+        elif asked := _SET.fullmatch(row["request"]):
+            at = _take(at, path(parse_capabilities(caps), at, State[asked[1]]), row, fatal=fatal)
+            assert row["errno"] or at is State[asked[1]], row
+    return at
+
+
+def _take(at: State, arcs: tuple[Arc, ...] | None, row: dict[str, Any], *, fatal: bool) -> State:
+    if arcs is None:
+        assert (row["errno"], row["arcs"]) == ("EINVAL", []), row
+        return at
+    for arc, taken in zip(arcs, row["arcs"], strict=not row["errno"]):
+        words, _, failure = taken.partition(" failed with ")
+        assert words == str(arc), row
+        if failure:
+            assert (row["errno"], row["arcs"][-1]) == (failure, taken), row
+            return State.ERROR if fatal else at
+        at = arc.target
+    assert row["errno"] is None, row
+    return at

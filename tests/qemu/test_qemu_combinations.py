@@ -165,6 +165,15 @@ def test_devices_arrive_by_the_states_of_their_set_whatever_else_is_chosen(
         assert_arrived(source, target, number, row)
         assert_tracked(source, number, row)
         assert_sent_as_chosen(source, target, number, row)
+    starts = machine_starts(row.caps)
+    assert_all_wait_for_all(source, [*starts, *SOURCE_STATES[row.caps]], row.devices)
+    assert_all_wait_for_all(target, TARGET_STATES[row.caps], row.devices)
+
+
+def assert_all_wait_for_all(guest: VfioGuest, states: list[str], devices: int) -> None:
+    """No device is asked for the next state before all have been asked for this one."""
+    asked = [state for _, state in guest.states()]
+    assert asked[: len(states) * devices] == [state for state in states for _ in range(devices)]
 
 
 def assert_arrived(source: VfioGuest, target: VfioGuest, number: int, row: Row) -> None:
