@@ -154,8 +154,8 @@ def test_devices_arrive_by_the_states_of_their_set_whatever_else_is_chosen(
             timeout=30,
         )
         assert account["vfio"]["transferred"] > row.devices * row.size
-        assert source.status == "postmigrate"
-        assert target.status == "running"
+        source.wait_status("postmigrate")
+        target.wait_status("running")
         assert (source.finish(), target.finish()) == (0, 0)
     assert (account["ram"]["multifd-bytes"] > 0) == (row.multifd != "none")
     for number in numbers:

@@ -197,7 +197,7 @@ def try_to_migrate(source: VfioGuest, target: VfioGuest, folder: Path) -> bool:
         source.wait_status("running")
         assert source.finish() == 0
         return False
-    assert source.status == "postmigrate"
+    source.wait_status("postmigrate")
     target.wait_status("running")
     assert (source.finish(), target.finish()) == (0, 0)
     return True

@@ -91,7 +91,7 @@ def test_devices_plugged_into_a_running_machine_migrate_beside_one_that_was_ther
                 guest.plug(number, bus)
         assert ours(source) == {"v0": OURS, "v1": OURS, "v2": OURS}
         migrate(source.qmp, target.qmp, f"unix:{tmp_path}/link", parameters=SWITCH_AT_ONCE)
-        assert target.status == "running"
+        target.wait_status("running")
         end(source, target)
     starts = ["RUNNING_P2P", "RUNNING"]
     for number in range(3):

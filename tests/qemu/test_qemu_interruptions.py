@@ -246,8 +246,8 @@ def test_a_cancel_after_the_target_runs_changes_nothing(parts: GuestParts, tmp_p
         cancel(held)
         assert wait_settled(held.source.qmp, timeout=PATIENCE_S) == "completed"
         assert wait_settled(held.target.qmp, timeout=PATIENCE_S) == "completed"
-        assert held.source.status == "postmigrate"
-        assert held.target.status == "running"
+        held.source.wait_status("postmigrate")
+        held.target.wait_status("running")
         assert (held.source.finish(), held.target.finish()) == (0, 0)
     for guest in (held.source, held.target):
         assert follow(guest.requests_of(0), "all") is State.STOP

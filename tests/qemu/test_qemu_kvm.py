@@ -62,7 +62,7 @@ def test_a_machine_under_kvm_comes_to_the_end_of_its_firmware_and_migrates(
         assert source.qmp.execute("query-kvm") == {"enabled": True, "present": True}
         source.wait_firmware()
         migrate(source.qmp, target.qmp, f"unix:{tmp_path}/link", parameters=SWITCH_AT_ONCE)
-        assert target.status == "running"
+        target.wait_status("running")
         assert (source.finish(), target.finish()) == (0, 0)
         for guest in (source, target):
             assert "Failed to add fd" not in guest.said
