@@ -88,6 +88,7 @@ def test_a_combination_is_its_arcs_one_after_the_other(
         arcs = path(caps, origin, target)
         assert arcs is not None
         assert [event.arc for event in events] == list(arcs)
+        assert {event.requested for event in events} == {target}
         assert {event.errno for event in events} == {0}
         hooks = [["step", *HOOKS[arc.origin, arc.target]] for arc in arcs]
         assert device.log == [hook for row in hooks for hook in row]

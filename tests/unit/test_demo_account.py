@@ -65,7 +65,7 @@ class Story:
     ) -> None:
         (arc,) = (arc for arc in ARCS if (arc.origin, arc.target) == (origin, target))
         self.clock.now += after + seconds
-        self.account.note(role, ArcEvent("vfio0", arc, seconds, errno, nbytes))
+        self.account.note(role, ArcEvent("vfio0", target, arc, seconds, errno, nbytes))
 
     def migrate(self) -> Account:
         self.tell(DESTINATION, State.STOP, State.RESUMING, 1)

@@ -60,9 +60,13 @@ RUN_LEVEL = {
 
 @dataclass(frozen=True, slots=True)
 class ArcEvent:
-    """One arc that was taken or failed. ``nbytes`` is what its session had moved so far."""
+    """One arc that was taken or failed, on the way to the state that was ``requested``.
+
+    ``nbytes`` is what its session had moved so far.
+    """
 
     device: str
+    requested: State
     arc: Arc
     seconds: float
     errno: int
@@ -151,7 +155,7 @@ class Migration:
                 return Outcome(self._state, errno.EINVAL, None)
             opened: Migf | None = None
             for arc in arcs:
-                failure = self._take_arc_locked(arc)
+                failure = self._take_arc_locked(arc, State(requested))
                 if failure:
                     return Outcome(self._state, failure, None)
                 opened = self._migf if arc.opens else None
@@ -267,14 +271,14 @@ class Migration:
 
     # Arcs.
 
-    def _take_arc_locked(self, arc: Arc) -> int:
+    def _take_arc_locked(self, arc: Arc, requested: State) -> int:
         """Take one arc; return its errno. The state changes only if it succeeds, or to ERROR."""
         started = time.monotonic()
         moved = self._migf.moved if self._migf is not None else 0
         failure = self._step_locked(arc)
         if not failure:
             self._state = arc.target
-        event = ArcEvent(self.name, arc, time.monotonic() - started, failure, moved)
+        event = ArcEvent(self.name, requested, arc, time.monotonic() - started, failure, moved)
         for observer in self.observers:
             observer(event)
         return failure
