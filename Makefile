@@ -1,7 +1,7 @@
 # The verbs of this project; `make help` lists them. Everything that they install goes into .venv.
 #
 # PYTHON       the Python that .venv is made from
-# DEMO_ARGS    passed to `vfiomig demo`, as in make demo DEMO_ARGS='--size 1G'
+# DEMO_ARGS    passed to `vfiomig demo`, as in make demo DEMO_ARGS='--size 1G', or demo-qemu
 # PYTEST_ARGS  passed to pytest, as in make test PYTEST_ARGS='-k draw'
 # BENCH_ARGS   passed to bench/run.py
 # LOCK_ARGS    passed to tools/lock.sh, as in make lock LOCK_ARGS=--upgrade
@@ -10,8 +10,8 @@
 .DELETE_ON_ERROR:
 # Two verbs side by side would run two pips in one .venv.
 .NOTPARALLEL:
-.PHONY: help setup setup-dev demo test test-qemu test-all check bench dist lock clean distclean
-.PHONY: platform compiler guests
+.PHONY: help setup setup-dev demo demo-qemu test test-qemu test-all check bench dist lock clean
+.PHONY: distclean platform compiler guests fetched
 
 PYTHON ?= python3
 export PYTHON
@@ -30,6 +30,9 @@ setup-dev: .venv/.installed-dev ## install what working on the project needs
 
 demo: platform .venv/.installed-run ## migrate one virtual device into another and compare them
 	@.venv/bin/vfiomig demo $(DEMO_ARGS)
+
+demo-qemu: platform .venv/.installed-run fetched ## the same with a guest and its devices, between two QEMUs
+	@.venv/bin/vfiomig demo --qemu $(DEMO_ARGS)
 
 test: platform compiler .venv/.installed-test ## run the tests that need nothing but this machine
 	@$(PYTEST) $(FAST)
@@ -62,8 +65,11 @@ clean: ## remove what building and testing left
 distclean: clean ## remove .venv as well
 	@rm -rf .venv
 
-# Before the tests, which have a deadline each; nothing is done when all is there.
-guests: .venv/.installed-test
+# Before the tests, which have a deadline each.
+guests: .venv/.installed-test fetched
+
+# Nothing is done when all is there.
+fetched:
 	@$(RUN) -m vmtest fetch >/dev/null
 
 platform compiler:

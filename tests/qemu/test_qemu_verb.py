@@ -12,6 +12,7 @@ import pytest
 
 from boot_sector import boot_sector
 from on_a_terminal import Terminal
+from readme_blocks import blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,9 +39,10 @@ def vfiomig_qemu(parts: GuestParts, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "vfiomig", "qemu", "--qemu", str(parts.qemu), *arguments]
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+def run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         command,
+        cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=PATIENCE_S,
@@ -74,6 +76,27 @@ def test_what_is_printed_does_the_same(parts: GuestParts, disk: str) -> None:
     done = run([sys.executable, "-m", "vfiomig", *rest])
     assert (done.returncode, done.stderr) == (CODE, b"")
     assert SAYS in done.stdout
+
+
+SHOWN = [
+    line for block in blocks() for line in block.content.splitlines() if "vfiomig qemu -" in line
+]
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+def test_the_commands_of_the_readme_are_commands(
+    parts: GuestParts, tmp_path: Path, shown: str
+) -> None:
+    for name in ("disk.img", "vmlinuz", "initrd"):
+        (tmp_path / name).write_bytes(bytes(512))
+    program, verb, *options = shown.split()
+    assert (program, verb) == ("vfiomig", "qemu")
+    printed = run([*vfiomig_qemu(parts, "--print"), *options], cwd=tmp_path)
+    assert (printed.returncode, printed.stderr) == (0, b"")
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(SHOWN) == 2
 
 
 def test_the_requests_of_qemu_can_be_traced(parts: GuestParts, disk: str, tmp_path: Path) -> None:

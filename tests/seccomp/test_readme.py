@@ -14,14 +14,13 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from readme_blocks import FENCE, TEXT, Block, blocks, same_for_everybody
+
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "README.md").read_text()
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINKED = ("Makefile", "pyproject.toml", "requirements", "tools", "src", "examples", "docs")
 
 #: What the README calls ./your-program: it opens the device that it was told to find.
@@ -32,43 +31,7 @@ print("found it")
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A fenced block, and the output that is shown right behind it."""
-
-    language: str
-    content: str
-    line: int
-    output: str = ""
-
-
-def blocks() -> list[Block]:
-    found: list[Block] = []
-    end = 0
-    for match in FENCE.finditer(TEXT):
-        language, content = match.groups()
-        between = TEXT[end : match.start()]
-        shows_output = language == "text" and found and not between.strip()
-        if shows_output and found[-1].language != "text":
-            found[-1] = Block(found[-1].language, found[-1].content, found[-1].line, content)
-        else:
-            found.append(Block(language, content, TEXT[: match.start()].count("\n") + 2))
-        end = match.end()
-    return found
-
-
 COMMANDS = [block for block in blocks() if block.language in {"sh", "python"}]
-
-
-def same_for_everybody(text: str) -> str:
-    """Make equal what differs from run to run: numbers, digests, units and the width of columns."""
-    text = re.sub(r"\b[0-9a-f]{64}\b", "DIGEST", text)
-    text = re.sub(r"\d+(\.\d+)?", "N", text)
-    text = re.sub(r"\bN m?s\b", "N s", text)
-    text = re.sub(r"\bN [KMG]?i?B\b", "N B", text)
-    text = re.sub(r"\brounds\b", "round", text)
-    text = re.sub("─+", "─", text)
-    return "\n".join(" ".join(line.split()) for line in text.strip().splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +129,9 @@ def test_the_limits_are_as_the_readme_says(checkout: Path) -> None:
 
 
 def test_the_excerpt_of_the_demo_is_what_the_demo_prints(checkout: Path) -> None:
-    (excerpt,) = (b.content for b in blocks() if b.language == "text" and "identical" in b.content)
+    (excerpt,) = (
+        b.content for b in blocks() if b.language == "text" and "identical: " in b.content
+    )
     done = run(Block("sh", "vfiomig demo", 0), checkout)
     assert same_for_everybody(done.stdout) == same_for_everybody(excerpt)
 

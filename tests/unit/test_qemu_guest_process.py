@@ -11,35 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from fake_qemu import QEMU, qemu
 from vfiomig.errors import GuestEnded, GuestTimeout
 from vfiomig.qemu.guest import Guest
 from vfiomig.qemu.machine import Machine
-
-#: A QEMU that greets, has a shell of the host's at its second serial port, and ends as that does.
-QEMU = """
-import json, os, re, socket, subprocess, sys
-words = " ".join(sys.argv)
-monitor = socket.socket(fileno=int(re.search(r"id=monitor,fd=(\\d+)", words)[1]))
-lines = monitor.makefile("rw")
-def say(message):
-    print(json.dumps(message), file=lines, flush=True)
-say({"QMP": {}})
-lines.readline()
-say({"return": {}})
-shell = re.search(r"id=shell,path=([^,]*),input-path=(\\S*)", words)
-with open(shell[1], "ab", buffering=0) as said, open(shell[2], "rb", buffering=0) as told:
-    said.write(b"vfiomig: ready\\n")
-    status = subprocess.run(["sh", "/dev/fd/%d" % told.fileno()], stdin=subprocess.DEVNULL,
-                            stdout=said, stderr=said, pass_fds=[told.fileno()]).returncode
-sys.exit(status * 2 + 1)
-"""
-
-
-def qemu(folder: Path, body: str = QEMU) -> Path:
-    path = folder / "qemu"
-    path.write_text(f"#!{sys.executable}\n{body}")
-    path.chmod(0o755)
-    return path
 
 
 def folders() -> set[Path]:

@@ -51,11 +51,12 @@ VERBS: Final = (
     Verb(
         "demo",
         "vfiomig.cli.demo:demo",
-        "Migrate one virtual device into another and compare them.",
+        "Migrate virtual devices, and compare what arrived with what was there.",
         (
             "vfiomig demo",
             "vfiomig demo --size 1G --dirty 200M",
             "vfiomig demo --dialect v6 --json",
+            "vfiomig demo --qemu",
         ),
     ),
     Verb(

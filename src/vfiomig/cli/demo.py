@@ -1,5 +1,7 @@
 """``vfiomig demo``: one virtual device is migrated into another by an ordinary process.
 
+With ``--qemu`` it is another demo, ``qemu_demo``.
+
 Theory of operation
 -------------------
 This process serves two ``pattern`` devices of different content and starts ``demo_client`` behind
@@ -22,6 +24,7 @@ import signal
 import sys
 import threading
 from contextlib import ExitStack, contextmanager
+from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation at run time
 from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
@@ -29,6 +32,7 @@ from cyclopts import Parameter
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.cli.demo_account import DESTINATION, SOURCE, Account
 from vfiomig.cli.demo_table import Bar, as_data, show
+from vfiomig.cli.qemu_demo import demo_under_qemu, find_parts
 from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.descriptors import Fd
 from vfiomig.doors.syscall.run import run
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = ("demo",)
 
+#: What the help calls the options that are for this.
+UNDER_QEMU: Final = "Under QEMU"
 CLIENT: Final = "vfiomig.cli.demo_client"
 PIPE_READ: Final = 1 << 16
 #: SIGINT is answered here, `run` passes the others on to the client.
@@ -50,29 +56,61 @@ ENDING: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 def demo(
     *,
-    size: str = "256M",
+    size: str | None = None,
     dialect: Dialect = Dialect.LANDED,
-    dirty: str = "64M",
+    dirty: str | None = None,
     json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    qemu: Annotated[bool, Parameter(group=UNDER_QEMU, negative=(), show_default=False)] = False,
+    qemu_path: Annotated[Path | None, Parameter(group=UNDER_QEMU)] = None,
+    kernel: Annotated[Path | None, Parameter(group=UNDER_QEMU)] = None,
+    busybox: Annotated[Path | None, Parameter(group=UNDER_QEMU)] = None,
+    modules: Annotated[Path | None, Parameter(group=UNDER_QEMU)] = None,
 ) -> int:
-    """Migrate one virtual device into another and compare them.
+    """Migrate virtual devices, and compare what arrived with what was there.
 
     Two devices written in Python are served through real system calls. A client process opens
     them under /dev/vfio/devices, and migrates the first into the second while the first runs. The
     last line says whether the second then held what the first did; the exit code is 0 if so, and
     1 if not.
 
+    With --qemu there are two unmodified QEMUs instead, and a Linux guest whose serial card, disk
+    and a third device are written in Python. The guest is live-migrated while it writes to both,
+    and nothing of that may be lost.
+
     Parameters
     ----------
     size:
-        Bytes of memory of each device; K, M, G are powers of 1024.
+        Bytes of memory of each device; K, M, G are powers of 1024 (256M; with --qemu 16M).
     dialect:
-        Which form of the migration protocol is spoken. v6 knows no pre-copy.
+        Which form of the migration protocol is spoken. v6 knows no pre-copy, QEMU no v6.
     dirty:
-        Bytes of its own memory that a running device rewrites per second.
+        Bytes of its own memory that a running device rewrites per second (64M; with --qemu 2M).
     json:
         Print one JSON document instead of the table and the last line.
+    qemu:
+        Migrate a guest from one QEMU to another.
+    qemu_path:
+        This QEMU, 10.0 or later, and not the one on the PATH or in the cache folder.
+    kernel:
+        This Linux kernel for the guest, and not the one in the cache folder.
+    busybox:
+        The static busybox that goes with it.
+    modules:
+        The folder of its modules; without one it needs virtio_blk and 8250_pci built in.
     """
+    if qemu:
+        if dialect is not Dialect.LANDED:
+            raise SpecError(f"--dialect {dialect}: QEMU speaks the landed dialect only")
+        size, dirty = size or "16M", dirty or "2M"
+        _pattern(size, dirty, seed=1)  # or the user would be told by a child process of ours
+        parts = find_parts(qemu_path, kernel, busybox, modules)
+        return demo_under_qemu(parts, parse_size(size), parse_size(dirty), json=json)
+    if qemu_path or kernel or busybox or modules:
+        raise SpecError("--qemu-path, --kernel, --busybox and --modules go with --qemu")
+    return _demo(size or "256M", dirty or "64M", dialect, json=json)
+
+
+def _demo(size: str, dirty: str, dialect: Dialect, *, json: bool) -> int:
     source = _pattern(size, dirty, seed=1)
     destination = _pattern(size, dirty, seed=2)
     account = Account(source, destination)

@@ -32,7 +32,7 @@ PARTS = {
 class Bar:
     """A bar on stderr; nothing where that is no terminal. It never runs backwards."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int = 0) -> None:
         """``size`` is what a device is taken to have left that does not tell."""
         self.fraction = 0.0
         self._size = size
@@ -59,14 +59,13 @@ class Bar:
         """Show how far it is: what a running device rewrites adds to ``left`` again."""
         if left is None:
             left = max(0, self._size - moved)
-        done = min(moved / max(moved + left, 1), NEARLY)
-        self.fraction = max(self.fraction, done)
+        self.reach(min(moved / max(moved + left, 1), NEARLY), phase, bytes_text(moved))
+
+    def reach(self, fraction: float, phase: str, moved: str = "") -> None:
+        """Show ``phase``, and the bar as far as it has ever been."""
+        self.fraction = max(self.fraction, fraction)
         self._progress.update(
-            self._task,
-            completed=self.fraction,
-            description=phase,
-            moved=bytes_text(moved),
-            refresh=True,
+            self._task, completed=self.fraction, description=phase, moved=moved, refresh=True
         )
 
     def finish(self) -> None:

@@ -87,27 +87,27 @@ def find_qemu(given: Path | None, cache: Path) -> Path:
     if given is not None:
         version = version_of(given)
         if version < _OLDEST:
-            raise PrerequisiteError(f"{given} is {_too_old(version)}; {_remedy(cache)}")
+            raise PrerequisiteError(_lacking(_too_old(given, version), cache))
         return given
     problem = f"there is no {PROGRAM} on the PATH"
     if found := shutil.which(PROGRAM):
         version = version_of(Path(found))
         if version >= _OLDEST:
             return Path(found)
-        problem = f"{found} is {_too_old(version)}"
+        problem = _too_old(found, version)
     if cached := cached_qemu(cache):
         return cached
-    raise PrerequisiteError(f"{problem}; {_remedy(cache)}")
+    raise PrerequisiteError(_lacking(problem, cache))
 
 
-def _too_old(version: tuple[int, int]) -> str:
-    return f"QEMU {version[0]}.{version[1]}, and 10.0 or later is needed"
+def _too_old(program: Path | str, version: tuple[int, int]) -> str:
+    return f"{program} is QEMU {version[0]}.{version[1]}"
 
 
-def _remedy(cache: Path) -> str:
+def _lacking(problem: str, cache: Path) -> str:
     return (
-        f"put a newer one on the PATH, or unpack one into {cache} without installing it: "
-        "python -m vmtest fetch in a checkout of vfiomig"
+        f"{problem}, and 10.0 or later is needed: put one on the PATH, or let python -m vmtest "
+        f"fetch, or make demo-qemu, in a checkout of vfiomig unpack one into {cache}"
     )
 
 

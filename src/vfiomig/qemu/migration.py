@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from vfiomig.errors import MigrationFailed
+from vfiomig.errors import GuestTimeout, MigrationFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from vfiomig.qemu.qmp import Qmp
+
+    Watch = Callable[[dict[str, Any]], None]
 
 __all__ = ("configure", "migrate", "start_incoming", "start_outgoing", "wait_settled")
 
 _SETTLED: Final = frozenset({"completed", "failed", "cancelled"})
+_WATCH_S: Final = 0.1
 
 
 def configure(
@@ -40,11 +43,26 @@ def start_outgoing(source: Qmp, uri: str) -> None:
     source.execute("migrate", uri=uri)
 
 
-def wait_settled(qmp: Qmp, *, timeout: float) -> str:
-    """Wait until a migration is over on this side, and return how it ended."""
-    data = qmp.wait_event("MIGRATION", lambda data: data["status"] in _SETTLED, timeout=timeout)
-    status: str = data["status"]
-    return status
+def wait_settled(qmp: Qmp, *, timeout: float, watch: Watch | None = None) -> str:
+    """Wait until a migration is over on this side, and return how it ended.
+
+    ``watch`` is given QEMU's account of it now and then.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        left = deadline - time.monotonic()
+        turn = left if watch is None else min(left, _WATCH_S)
+        try:
+            data = qmp.wait_event(
+                "MIGRATION", lambda data: data["status"] in _SETTLED, timeout=turn
+            )
+        except GuestTimeout:
+            if watch is None or left < _WATCH_S:
+                raise
+            watch(qmp.execute("query-migrate"))
+            continue
+        status: str = data["status"]
+        return status
 
 
 def migrate(
@@ -55,8 +73,11 @@ def migrate(
     capabilities: Mapping[str, bool] | None = None,
     parameters: Mapping[str, Any] | None = None,
     timeout: float = 60,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Migrate, wait until both sides are done, and return the source's account of it.
+
+    ``watch`` is given such an account now and then meanwhile.
 
     Raises:
         MigrationFailed: with QEMU's reason, as far as it gives one.
@@ -66,7 +87,7 @@ def migrate(
         configure(qmp, capabilities, parameters)
     start_incoming(target, uri)
     start_outgoing(source, uri)
-    status = wait_settled(source, timeout=timeout)
+    status = wait_settled(source, timeout=timeout, watch=watch)
     account: dict[str, Any] = source.execute("query-migrate")
     if status == "completed":
         status = wait_settled(target, timeout=deadline - time.monotonic())
