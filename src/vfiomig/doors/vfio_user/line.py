@@ -292,7 +292,7 @@ class Line:
             log.debug("the late answer to a %s is dropped", command_name(reply.command))
             return
         try:
-            if not reply.errno:
+            if waiter.into and not reply.errno:
                 self._place(reply, waiter.into)
             reply.body, reply.data = memoryview(bytes(reply.body)), NOWHERE
             waiter.answer = reply
@@ -319,7 +319,9 @@ class Line:
         """
         waiter = _Waiter(into)
         with self._sending:
-            self._require_answers()
+            self._require_here()
+            if self._owed:
+                raise OSError(errno.ETIMEDOUT, "the client still owes the answer to earlier DMA")
             outgoing = self.wire.request(command, head, data)
             self._waiters[outgoing.msg_id] = waiter
             self._send_locked(outgoing.buffers)
@@ -335,14 +337,12 @@ class Line:
                 self._turns.wait_for(lambda: waiter.done)  # just being received
         if waiter.answer is not None:
             return waiter.answer
-        self._require_answers()
+        self._require_here()
         raise OSError(errno.ETIMEDOUT, f"the client did not answer within {DMA_SECONDS:g} seconds")
 
-    def _require_answers(self) -> None:
+    def _require_here(self) -> None:
         if self.over:
             raise OSError(errno.ENODEV, "the client has gone")
-        if self._owed:
-            raise OSError(errno.ETIMEDOUT, "the client owes the answer to a DMA message")
 
     def _await(self, waiter: _Waiter, deadline: float) -> None:
         """Wait for a reply, receiving whatever comes if nobody else does."""
