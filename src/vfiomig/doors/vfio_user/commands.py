@@ -25,6 +25,7 @@ __all__ = ("HANDLERS", "Handler")
 Handler: TypeAlias = Callable[["Visit", Request], None]
 
 pack_region_access = requests.pack_region_access
+U32_MAX = 0xFFFF_FFFF
 
 
 # The device.
@@ -79,7 +80,7 @@ def set_irqs(visit: Visit, request: Request) -> None:
         count = min(asked.count, visit.served.irqs.count(asked.index))  # core refuses more
         numbers = range(count) if request.fds else [-1] * count
         data = b"".join(number.to_bytes(4, "little", signed=True) for number in numbers)
-        asked.argsz = max(asked.argsz, asked.SIZE + len(data))
+        asked.argsz = min(asked.argsz + len(data), U32_MAX)  # it counts what is in the message
     visit.ioctl(vfio.VFIO_DEVICE_SET_IRQS, bytearray(bytes(asked) + data), request.fds)
     visit.reply(request)
 
