@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vfiomig.wire import Capabilities, ClientConnection, Reply, ServerConnection
+from vfiomig.errors import WireError
+from vfiomig.wire import Capabilities, ClientConnection, Reply, ServerConnection, replies, requests
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from vfiomig.wire import Buffers, Connection, Request
+    from vfiomig.wire import Buffers, Connection, Limits, Request
 
 MIB = 1 << 20
 ALL = Capabilities(
@@ -132,3 +134,57 @@ def agreed(
     answer = answered(client, joined(server.answer_version(proposal)))
     client.accept_version(answer)
     return client, server
+
+
+#: What looks into the payload of a request, by command.
+REQUEST_PARSERS: dict[int, Callable[[Request, Limits], object]] = {
+    2: lambda request, _: requests.dma_map_untrusted(request),
+    3: lambda request, _: requests.dma_unmap_untrusted(request),
+    4: lambda request, _: requests.device_info_untrusted(request),
+    5: lambda request, _: requests.region_info_untrusted(request),
+    7: lambda request, _: requests.irq_info_untrusted(request),
+    8: lambda request, _: requests.set_irqs_untrusted(request),
+    9: requests.region_read_untrusted,
+    10: lambda request, _: requests.region_write_untrusted(request),
+    11: requests.dma_read_untrusted,
+    12: lambda request, _: requests.dma_write_untrusted(request),
+    15: lambda request, _: requests.write_multi_untrusted(request),
+    16: lambda request, _: _feature(request),
+    17: requests.mig_data_untrusted,
+    18: requests.mig_data_untrusted,
+    0x8079: lambda request, _: requests.precopy_info_untrusted(request),
+}
+#: And into that of a reply; the numbers are what was asked for.
+REPLY_PARSERS: dict[int, Callable[[Reply], object]] = {
+    3: lambda reply: replies.dma_unmap_untrusted(reply, 8),
+    4: replies.device_info_untrusted,
+    5: replies.region_info_untrusted,
+    7: replies.irq_info_untrusted,
+    9: lambda reply: replies.region_read_untrusted(reply, 4),
+    10: lambda reply: replies.region_write_untrusted(reply, 4),
+    11: lambda reply: replies.dma_read_untrusted(reply, 0x1000, 4),
+    12: lambda reply: replies.dma_write_untrusted(reply, 0x1000, 4),
+    15: replies.write_multi_untrusted,
+    16: lambda reply: replies.feature_untrusted(reply, 8),
+    17: lambda reply: replies.mig_read_untrusted(reply, 4096),
+    0x8079: replies.precopy_info_untrusted,
+}
+
+
+def _feature(request: Request) -> object:
+    """Read the payload as every feature whose wire form is not the kernel's."""
+    feature = requests.feature_untrusted(request)
+    for parse in (requests.logging_start_untrusted, requests.logging_report_untrusted):
+        with suppress(WireError):
+            parse(feature.payload)
+    return feature
+
+
+def look_into(found: Request | Reply, limits: Limits) -> None:
+    """Read a message as whoever got it would; anything but `WireError` comes out."""
+    with suppress(WireError):
+        if isinstance(found, Reply):
+            if found.command in REPLY_PARSERS:
+                REPLY_PARSERS[found.command](found)
+        elif found.command in REQUEST_PARSERS:
+            REQUEST_PARSERS[found.command](found, limits)

@@ -256,6 +256,17 @@ def test_flags_that_mean_nothing_mean_nothing(flags: int) -> None:
 # What must be refused and can be stepped over.
 
 
+@pytest.mark.parametrize(("command", "head"), [(WRITE, 16), (MIG_WRITE, 8)])
+def test_data_beyond_what_was_agreed_on_are_refused_although_the_message_is_not(
+    command: int, head: int
+) -> None:
+    for size in (MIB - 1, MIB):
+        assert arrival(agreed()[1], message(1, command, bytes(head + size))).errno == 0
+    over = message(1, command, bytes(head + MIB + 1))
+    found = arrivals(agreed()[1], [over, read(2)])
+    assert [one.errno for one in found] == [errno.EINVAL, 0]
+
+
 @pytest.mark.parametrize("command", [0, 1, 6, 11, 12, 14, 19, 255, 0x8078, 0xFFFF])
 @pytest.mark.parametrize("size", [0, 1, 100, 50_000])
 def test_a_command_that_a_server_has_not_is_refused_and_the_next_one_served(

@@ -207,6 +207,12 @@ def test_both_ends_agree_on_the_same() -> None:
     assert (client.limits.mig_stream, server.limits.mig_stream) == (True, True)
 
 
+def test_who_could_not_be_told_of_a_low_limit_may_go_up_to_the_default() -> None:
+    payload, limits = answer(V02, Capabilities(max_msg_fds=0, max_data_xfer_size=4096))
+    assert payload == V02
+    assert (limits.fds_in, limits.data_in, limits.data_out) == (1, MIB, 4096)
+
+
 # What cannot be.
 
 

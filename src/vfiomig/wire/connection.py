@@ -99,7 +99,7 @@ class Connection(ReceiveBuffer):
 
     def _agree(self, limits: Limits) -> None:
         self.limits = limits
-        self._limit = self.ours.max_data_xfer_size_or_default + HEAD_ROOM
+        self._limit = limits.data_in + HEAD_ROOM
         self._requests = commands.requests_to(self.role, extension=limits.mig_stream)
 
     # Receiving.
@@ -142,6 +142,8 @@ class Connection(ReceiveBuffer):
         """Hand out a request that has data, or is not there as a whole."""
         msg_id, command, size, flags, _ = header
         head = HEADER_SIZE + row.request_size
+        if row.request_data and self.limits is not None and size - head > self.limits.data_in:
+            return self._refused(header, held)
         if size > held and not (row.request_data and size > READ_AHEAD and held >= head):
             self._need = size
             return None
@@ -217,9 +219,11 @@ class Connection(ReceiveBuffer):
         if row is None:
             what = f"{command_name(command)} is no request to a {self.role}"
             what += " here" if self.limits else " that has not agreed on a version"
-        else:
+        elif size < HEADER_SIZE + row.request_size:
             what = f"{row.name} of {size} bytes, at least {HEADER_SIZE + row.request_size}"
             what += " are needed"
+        else:
+            what = f"{row.name} of {size} bytes, which is more than was agreed on"
         if self.limits is None:
             self._break(header, what)
         request = Request(msg_id, command, flags)

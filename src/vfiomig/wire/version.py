@@ -91,10 +91,6 @@ class Capabilities:
     #: Keys that mean nothing to us.
     unknown: Mapping[str, object] = field(default_factory=dict)
 
-    @property
-    def max_data_xfer_size_or_default(self) -> int:
-        return self.max_data_xfer_size or DEFAULT_MAX_DATA_XFER_SIZE
-
 
 class Limits(NamedTuple):
     """What is in force on a connection, seen from one end."""
@@ -136,8 +132,8 @@ def answer_untrusted(body: memoryview, ours: Capabilities) -> tuple[bytes, Limit
         max_bitmap_size=_least(ours.max_bitmap_size, theirs.max_bitmap_size),
         mig_stream=_both(ours.mig_stream, theirs.mig_stream),
     )
-    payload, fitting = _fitting(minor, said, len(body))
-    return payload, _limits(minor, fitting.mig_stream is not None, said, theirs)
+    payload, told = _fitting(minor, said, len(body))
+    return payload, _limits(minor, told, ours, theirs)
 
 
 def accept_untrusted(body: memoryview, ours: Capabilities) -> Limits:
@@ -145,17 +141,20 @@ def accept_untrusted(body: memoryview, ours: Capabilities) -> Limits:
     minor, theirs = _parse_untrusted(body)
     if minor > MINOR:
         raise WireError(errno.EINVAL, f"the server answers with version 0.{minor}, unasked")
-    mig_stream = _both(ours.mig_stream, theirs.mig_stream) is not None
-    return _limits(minor, mig_stream, ours, theirs)
+    told = replace(ours, mig_stream=_both(ours.mig_stream, theirs.mig_stream))
+    return _limits(minor, told, ours, theirs)
 
 
-def _limits(minor: int, mig_stream: bool, ours: Capabilities, theirs: Capabilities) -> Limits:
-    data_in = ours.max_data_xfer_size_or_default
+def _limits(minor: int, told: Capabilities, ours: Capabilities, theirs: Capabilities) -> Limits:
+    """Compute what is in force where we are ``ours`` and have ``told`` the peer that much of it."""
+    data = _or(ours.max_data_xfer_size, DEFAULT_MAX_DATA_XFER_SIZE)
     return Limits(
         minor=minor,
-        data_in=data_in,
-        data_out=min(data_in, theirs.max_data_xfer_size_or_default),
-        fds_in=_or(ours.max_msg_fds, DEFAULT_MAX_MSG_FDS),
+        data_in=_expected(told.max_data_xfer_size, data, DEFAULT_MAX_DATA_XFER_SIZE),
+        data_out=min(data, _or(theirs.max_data_xfer_size, DEFAULT_MAX_DATA_XFER_SIZE)),
+        fds_in=_expected(
+            told.max_msg_fds, _or(ours.max_msg_fds, DEFAULT_MAX_MSG_FDS), DEFAULT_MAX_MSG_FDS
+        ),
         fds_out=_or(theirs.max_msg_fds, DEFAULT_MAX_MSG_FDS),
         max_dma_maps=min(
             _or(ours.max_dma_maps, DEFAULT_MAX_DMA_MAPS),
@@ -163,9 +162,14 @@ def _limits(minor: int, mig_stream: bool, ours: Capabilities, theirs: Capabiliti
         ),
         pgsizes=_or(theirs.pgsizes, DEFAULT_PGSIZES),
         write_multiple=bool(ours.write_multiple and theirs.write_multiple),
-        mig_stream=mig_stream,
+        mig_stream=told.mig_stream is not None,
         peer=theirs,
     )
+
+
+def _expected(told: int | None, ours: int, default: int) -> int:
+    """Say what must be put up with: a peer that was told nothing may go up to the default."""
+    return max(ours, default) if told is None else told
 
 
 def _or(value: int | None, default: int) -> int:
