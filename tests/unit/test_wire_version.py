@@ -225,6 +225,8 @@ MALFORMED = {
     "major 1": b"\1\0\0\0",
     "major 256": b"\0\1\0\0",
     "no NUL": V02 + b"{}",
+    "another byte for the NUL": V02 + b"{}x",
+    "a blank for the NUL": V02 + b"{} ",
     "an empty text": V02 + b"\0",
     "text after the NUL": V02 + b"{}\0{}\0",
     "text after the NUL without one": V02 + b"{}\0x",

@@ -360,6 +360,8 @@ class ClientConnection(Connection):
         Raises:
             WireError: the server refused, or its answer will not do; the connection is over.
         """
+        if reply.refusal is not None:
+            raise reply.refusal
         if reply.errno:
             raise WireError(reply.errno, "the server refused to agree on a version")
         limits = version.accept_untrusted(reply.body, self.ours)
