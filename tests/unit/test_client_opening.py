@@ -11,17 +11,18 @@ import pytest
 
 import vfiomig
 from only_requests import OnlyRequests
-from suite_devices import Closed
-from vfiomig import Device, SpecError, TargetError
+from suite_devices import Card, Closed
+from vfiomig import Device, SpecError, State, TargetError
 from vfiomig.abi import iommufd, vfio
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.client import open_device
+from vfiomig.client.connecting import connect, settle
 from vfiomig.client.kernel import KernelTransport
-from vfiomig.client.opening import connect
 from vfiomig.client.transport import NO_FD
 from vfiomig.descriptors import Fd
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from vfiomig.abi.uapi import UapiStruct
@@ -30,10 +31,15 @@ DEVICE_PATH = "/dev/vfio/devices/vfio0"
 
 
 @pytest.mark.parametrize(
-    "target", ["", "vfio0", "/dev/vfio/12", "/dev/vfio/devices/vfio", "/etc/passwd", "vfio-user:x"]
+    "target",
+    [
+        *("", "vfio0", "/dev/vfio/vfio", "/dev/vfio/12:", "/dev/vfio/devices/vfio", "/etc/passwd"),
+        *("0000:01:00", "01:00.8", "1:0.0", "83b8f4f2-509f-382f-3c1e-e6bfe0fa100", "fd:", "fd:-1"),
+        *("fd:3,iommufd=", "fd:3,group=4", "fd:3,iommufd=4,container=5", "vfio-user"),
+    ],
 )
 def test_an_unknown_target_names_the_known_ones(target: str) -> None:
-    with pytest.raises(SpecError, match=r"model:SPEC.*/dev/vfio/devices/vfio0"):
+    with pytest.raises(SpecError, match=r"model:SPEC.*/dev/vfio/devices/vfioN.*fd:N"):
         vfiomig.open(target)
 
 
@@ -216,3 +222,52 @@ def test_the_memory_of_a_request_is_the_structs_own() -> None:
     assert answer.size == 5
     transport.close(reading)
     transport.close(writing)
+
+
+# A device that its former user left somewhere.
+
+
+@pytest.mark.parametrize("dialect", Dialect)
+@pytest.mark.parametrize("state", [State.STOP, State.STOP_COPY, State.RESUMING])
+def test_a_device_that_was_left_in_another_state_is_reset(
+    dialect: Dialect, state: State, caplog: pytest.LogCaptureFixture
+) -> None:
+    with vfiomig.open("model:pattern,size=4K", dialect) as dev:
+        assert settle(dev) is dev
+        assert not caplog.records
+        session = dev.set_state(state)
+        assert settle(dev) is dev
+        assert dev.state is State.RUNNING
+        assert f"was left in {state.name}" in caplog.text
+        if session is not None:
+            session.close()
+
+
+def test_a_device_that_cannot_migrate_is_left_alone() -> None:
+    with vfiomig.open("model:pattern,size=4K,caps=none") as dev:
+        assert settle(dev) is dev
+
+
+def test_a_device_that_does_not_reset_is_closed_again() -> None:
+    dev = open_device(Card(resets=1))
+    dev.set_state(State.STOP)
+    with pytest.raises(TargetError, match="left it in STOP, and it does not reset"):
+        settle(dev)
+    assert "closed" in repr(dev)
+
+
+def test_what_keeps_a_device_from_migrating_is_told_before_and_after_the_attempt() -> None:
+    with vfiomig.open("model:pattern,size=4K") as dev:
+        dev.require_migration()
+    with vfiomig.open("model:pattern,size=4K,caps=none") as dev:
+        attempts: tuple[Callable[[], object], ...] = (
+            dev.require_migration,
+            lambda: dev.set_state(State.STOP),
+        )
+        for attempt in attempts:
+            with pytest.raises(
+                vfiomig.VfioMigError, match="a Device class has capabilities"
+            ) as refused:
+                attempt()
+            assert isinstance(refused.value, OSError)
+            assert refused.value.errno == errno.ENOTTY

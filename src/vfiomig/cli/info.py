@@ -36,7 +36,8 @@ def info(
     Parameters
     ----------
     target:
-        /dev/vfio/devices/vfioN, vfio-user:PATH, or model:SPEC for a device of this program's own.
+        /dev/vfio/devices/vfioN, /dev/vfio/GROUP[:NAME], a PCI address, an mdev uuid, fd:N,
+        vfio-user:PATH, or model:SPEC for a device of this program's own.
     dialect:
         Which form of the protocol a model is served in; other targets have their own.
     json:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
 
 from vfiomig.abi import iommufd, vfio
 from vfiomig.client.requests import GET, SET
@@ -24,7 +25,16 @@ if TYPE_CHECKING:
 
     from vfiomig.client.requests import Requests
 
-__all__ = ("AddressSpace", "dirty_ranges", "report_logging", "start_logging", "stop_logging")
+__all__ = (
+    "AddressSpace",
+    "DeviceMemory",
+    "HeldMemory",
+    "bitmap_for",
+    "dirty_ranges",
+    "report_logging",
+    "start_logging",
+    "stop_logging",
+)
 
 PAGE = 4096
 #: What a kernel answers that knows the iommufd but not the request.
@@ -32,51 +42,109 @@ UNKNOWN = {errno.ENOTTY, errno.EOPNOTSUPP}
 READ_WRITE = iommufd.IOMMU_IOAS_MAP_READABLE | iommufd.IOMMU_IOAS_MAP_WRITEABLE
 
 
-class AddressSpace:
-    """The IO address space of one device. Memory in it stays put until it is unmapped."""
+class DeviceMemory(Protocol):
+    """What a device reaches by DMA, and what its IOMMU tracks there. Failures are ``OSError``."""
 
-    def __init__(self, requests: Requests, devid: int | None) -> None:
-        """``devid`` is what the iommufd calls the device, if that was bound to one."""
+    tracking: bool
+
+    def map(self, iova: int, memory: WriteableBuffer) -> None:
+        """Map memory of this process: EEXIST if something is mapped there."""
+
+    def unmap(self, iova: int, length: int) -> int:
+        """Unmap whole mappings; return their bytes. ENOENT if there is none."""
+
+    def can_track(self) -> bool:
+        """Tell whether the IOMMU may track writes at all."""
+
+    def start_tracking(self) -> None:
+        """Track from now on, with nothing written so far."""
+
+    def stop_tracking(self) -> None: ...
+
+    def report_tracking(self, iova: int, length: int, page_size: int, *, clear: bool) -> bytearray:
+        """Return the bitmap of a range in whole words of 64 bits; EINVAL while nothing tracks."""
+
+    def release(self) -> None:
+        """After the device was closed: let go of everything."""
+
+
+class HeldMemory:
+    """Memory of this process that a device may reach, by IOVA: it stays put until it is let go."""
+
+    def __init__(self) -> None:
+        #: Length, and the hold on the buffer.
+        self._held: dict[int, tuple[int, object]] = {}
+
+    @contextmanager
+    def holding(self, iova: int, memory: WriteableBuffer) -> Iterator[tuple[int, int]]:
+        """Give a request the memory's address and length; hold on to it if that succeeds."""
+        held = ctypes.c_char.from_buffer(memory)
+        length = memoryview(memory).nbytes
+        try:
+            yield ctypes.addressof(held), length
+        except OSError:
+            del held  # or the traceback would hold the memory
+            raise
+        self._held[iova] = length, held
+
+    def let_go(self, iova: int, length: int) -> None:
+        """Let go of what begins in [iova, iova + length)."""
+        for start in [at for at in self._held if iova <= at < iova + length]:
+            del self._held[start]
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def touching(self, iova: int, length: int) -> list[tuple[int, int]]:
+        """Return the (iova, length) of what lies in [iova, iova + length), whole or in part."""
+        return sorted(
+            (at, size)
+            for at, (size, _) in self._held.items()
+            if at < iova + length and iova < at + size
+        )
+
+
+class AddressSpace:
+    """An IO address space of the iommufd, with one device."""
+
+    def __init__(self, requests: Requests, devid: int | None, *, bound: bool = False) -> None:
+        """``devid`` is what the iommufd calls the device, if this client has bound it.
+
+        ``bound``: somebody else has, and to this iommufd.
+        """
         self._requests = requests
         self._devid = devid
+        self._bound = bound or devid is not None
         self._ioas = 0
         #: The page table that tracks writes, once it was asked for.
         self._table = 0
         #: Whether it does now.
         self.tracking = False
-        #: By IOVA: length, and the hold on the buffer that keeps it from going away.
-        self._mapped: dict[int, tuple[int, object]] = {}
+        self._held = HeldMemory()
 
     def map(self, iova: int, memory: WriteableBuffer) -> None:
-        length = memoryview(memory).nbytes
-        held = ctypes.c_char.from_buffer(memory)
-        argument = iommufd.IoasMap(
-            size=iommufd.IoasMap.SIZE,
-            flags=READ_WRITE | iommufd.IOMMU_IOAS_MAP_FIXED_IOVA,
-            ioas_id=self._attached(),
-            user_va=ctypes.addressof(held),
-            length=length,
-            iova=iova,
-        )
-        try:
+        ioas = self._attached()
+        with self._held.holding(iova, memory) as (address, length):
+            argument = iommufd.IoasMap(
+                size=iommufd.IoasMap.SIZE,
+                flags=READ_WRITE | iommufd.IOMMU_IOAS_MAP_FIXED_IOVA,
+                ioas_id=ioas,
+                user_va=address,
+                length=length,
+                iova=iova,
+            )
             self._requests.on(self._iommufd(), iommufd.IOMMU_IOAS_MAP, argument)
-        except OSError:
-            del held  # or the traceback would hold the memory
-            raise
-        self._mapped[iova] = length, held
 
     def unmap(self, iova: int, length: int) -> int:
         argument = iommufd.IoasUnmap(
             size=iommufd.IoasUnmap.SIZE, ioas_id=self._ioas, iova=iova, length=length
         )
         self._requests.on(self._iommufd(), iommufd.IOMMU_IOAS_UNMAP, argument)
-        for start in [at for at in self._mapped if iova <= at < iova + length]:
-            del self._mapped[start]
+        self._held.let_go(iova, length)
         return argument.length
 
     def release(self) -> None:
-        """After the device and its iommufd were closed: let go of the memory."""
-        self._mapped.clear()
+        self._held.clear()
 
     def _attached(self) -> int:
         """Return the id of the address space; the first time make and attach it."""
@@ -95,6 +163,12 @@ class AddressSpace:
         number = self._requests.transport.iommufd
         if number == NO_FD:
             raise OSError(errno.ENODEV, "there is no /dev/iommu to map memory with")
+        if not self._bound:  # the id of our address space might be that of another one there
+            raise OSError(
+                errno.ENODEV,
+                "it is not bound to this client's iommufd; name the iommufd or the container that "
+                "it belongs to, as in fd:3,iommufd=4 or fd:3,container=4",
+            )
         return number
 
     # What the IOMMU tracks.
@@ -142,7 +216,7 @@ class AddressSpace:
         """
         if not self.tracking:
             raise OSError(errno.EINVAL, "nothing was tracked; start_iommu_tracking comes before")
-        bitmap, address = _bitmap(length, page_size)
+        bitmap, address = bitmap_for(length, page_size)
         report = iommufd.HwptGetDirtyBitmap(
             size=iommufd.HwptGetDirtyBitmap.SIZE,
             hwpt_id=self._table,
@@ -197,13 +271,13 @@ def stop_logging(requests: Requests) -> None:
 
 def report_logging(requests: Requests, iova: int, length: int, page_size: int) -> bytearray:
     """Return the bitmap of [iova, iova + length), in whole words of 64 bits."""
-    bitmap, address = _bitmap(length, page_size)
+    bitmap, address = bitmap_for(length, page_size)
     report = vfio.DmaLoggingReport(iova=iova, length=length, page_size=page_size, bitmap=address)
     requests.feature(vfio.VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT, GET, report)
     return bitmap
 
 
-def _bitmap(length: int, page_size: int) -> tuple[bytearray, int]:
+def bitmap_for(length: int, page_size: int) -> tuple[bytearray, int]:
     """Make the empty bitmap of a report, in whole words of 64 bits, and return its address too."""
     pages = -(-length // page_size) if page_size else 0
     # One word at least: an empty buffer has no address to give.

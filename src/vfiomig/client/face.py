@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 from vfiomig.abi import vfio
 from vfiomig.client import dma
+from vfiomig.client.diagnosis import why_no_migration
 from vfiomig.client.dialects import Answer, known, state_requests
 from vfiomig.client.irqs import Interrupts
 from vfiomig.client.regions import mappable_areas
@@ -64,12 +65,13 @@ class DeviceClient:
     """An open device. Close it, or use it in a ``with`` block."""
 
     def __init__(
-        self, transport: Transport, name: str, dialect: Dialect, devid: int | None = None
+        self,
+        transport: Transport,
+        name: str,
+        dialect: Dialect,
+        memory: dma.DeviceMemory | None = None,
     ) -> None:
-        """Take over ``transport``, whose device is ready for requests.
-
-        ``devid`` is what its iommufd calls the device.
-        """
+        """Take over ``transport``, whose device is ready for requests, and what it reaches by DMA."""
         self.name = name
         self.dialect = dialect
         self._transport = transport
@@ -77,7 +79,9 @@ class DeviceClient:
         self._states = state_requests(self._requests, dialect)
         self._session: Session | None = None
         self._open_sessions: set[Session] = set()
-        self._memory = dma.AddressSpace(self._requests, devid)
+        if memory is None:
+            memory = dma.AddressSpace(self._requests, None, bound=True)
+        self._memory = memory
         #: How the device interrupts this client.
         self.interrupts = Interrupts(self._requests)
         #: Whether this client started the device's DMA log and has not stopped it.
@@ -110,6 +114,17 @@ class DeviceClient:
                 return Capability(0)
             raise self._failed("the query of its capabilities", failure) from None
         return Capability(answer.flags)
+
+    def require_migration(self) -> None:
+        """See that the device can migrate at all.
+
+        Raises:
+            RequestError: ENOTTY if not; the message says which layer keeps it from that.
+        """
+        if not self.capabilities:
+            raise RequestError(
+                errno.ENOTTY, f"{self.name} cannot migrate: {why_no_migration(self.about)}"
+            )
 
     @property
     def state(self) -> State:
@@ -333,7 +348,11 @@ class DeviceClient:
             raise self._failed(f"mapping memory at IOVA {iova:#x}", failure) from None
 
     def unmap(self, iova: int, length: int) -> int:
-        """Take the mappings inside a range away, whole ones only; return their bytes."""
+        """Take the mappings inside a range away; return their bytes.
+
+        Raises:
+            RequestError: ENOENT if there are none; EINVAL or ENOENT if one would be cut.
+        """
         try:
             return self._memory.unmap(iova, length)
         except OSError as failure:
@@ -375,7 +394,11 @@ class DeviceClient:
 
     @cached_property
     def iommu_dirty_tracking(self) -> bool:
-        """Whether the IOMMU in front of the device can track its writes, as IOMMU_GET_HW_INFO says."""
+        """Whether the IOMMU in front of the device can track its writes.
+
+        IOMMU_GET_HW_INFO tells. A container can always be asked, and calls all that is mapped
+        dirty if it cannot know better.
+        """
         try:
             return self._memory.can_track()
         except OSError as failure:
@@ -433,6 +456,8 @@ class DeviceClient:
         return SetStateError(answer.errno, target, state, message)
 
     def _advice(self, answer: Answer, target: int) -> str:
+        if answer.errno == errno.ENOTTY and not self.capabilities:
+            return why_no_migration(self.about)
         if self._targets and target not in self._targets:
             names = ", ".join(state.name for state in self._targets)
             return f"with {capability_name(self.capabilities)} it can go to {names}"

@@ -20,30 +20,41 @@ if TYPE_CHECKING:
     from vfiomig.abi.uapi import UapiStruct
     from vfiomig.descriptors import Fd
 
-__all__ = ("KernelTransport",)
+__all__ = ("BY", "KernelTransport", "ioctl")
+
+#: How a device of the kernel is reached.
+BY = "system calls"
 
 _ioctl = ctypes.CDLL(None, use_errno=True).ioctl
 _ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 _ioctl.restype = ctypes.c_int
 
 
+NOTHING_MORE: Mapping[str, str | int | bool] = MappingProxyType({})
+
+
+def ioctl(on: int, number: int, argument: int) -> int:
+    """Make a request; ``argument`` is a plain value, or an address of this process."""
+    result: int = _ioctl(on, number, argument)
+    if result < 0:
+        failure = ctypes.get_errno()
+        raise OSError(failure, os.strerror(failure))
+    return result
+
+
 class KernelTransport:
     """The descriptors of one device: its own, its iommufd's, and data_fds as they come."""
 
-    about: Mapping[str, str | int | bool] = MappingProxyType({"by": "system calls"})
-
-    def __init__(self, device: Fd, iommufd: Fd | None) -> None:
-        """Take the descriptors over."""
+    def __init__(
+        self, device: Fd, iommufd: Fd | None, about: Mapping[str, str | int | bool] = NOTHING_MORE
+    ) -> None:
+        """Take the descriptors over. ``about`` is what more there is to say of the device."""
         self.device = device.move()
         self.iommufd = NO_FD if iommufd is None else iommufd.move()
+        self.about: Mapping[str, str | int | bool] = {"by": BY, **about}
 
     def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
-        address = None if argument is None else ctypes.addressof(argument)
-        result: int = _ioctl(on, number, address)
-        if result < 0:
-            failure = ctypes.get_errno()
-            raise OSError(failure, os.strerror(failure))
-        return result
+        return ioctl(on, number, 0 if argument is None else ctypes.addressof(argument))
 
     def readinto(self, data_fd: int, buffer: memoryview) -> int:
         return os.readv(data_fd, [buffer])

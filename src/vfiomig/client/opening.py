@@ -1,83 +1,61 @@
-"""From a TARGET to a ``DeviceClient``.
-
-Theory of operation
--------------------
-Whatever the transport, the device is bound to an iommufd first: a landed kernel answers nothing
-else before, except EINVAL. A kernel of the V6 patch may know neither the request nor /dev/iommu,
-so a refusal that such a kernel could give is only remembered; it is the reason that is told if
-the device then does not answer the first probe. docs/protocol.md, chapter "dialects".
-"""
+"""From a TARGET to a ``DeviceClient``: the forms that a TARGET has, as one table."""
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import Dialect
-from vfiomig.client.dialects import ABSENT, find_dialect
-from vfiomig.client.face import DeviceClient
-from vfiomig.client.kernel import KernelTransport
+from vfiomig.client import diagnosis, nodes
+from vfiomig.client.connecting import connect
 from vfiomig.client.local import LocalTransport
-from vfiomig.client.requests import Requests
-from vfiomig.client.transport import NO_FD
+from vfiomig.client.sysfs import Sysfs
 from vfiomig.core.vfio_device import VfioDevice
-from vfiomig.descriptors import Fd
-from vfiomig.errors import SpecError, TargetError
+from vfiomig.errors import SpecError
 
 if TYPE_CHECKING:
-    from vfiomig.client.transport import Transport
+    from collections.abc import Callable
+
+    from vfiomig.client.face import DeviceClient
     from vfiomig.device import Device
 
 __all__ = ("open_device", "open_target")
 
-MODEL = "model:"
-CHARACTER_DEVICE = re.compile(r"/dev/vfio/devices/(?:noiommu-)?vfio\d+")
-IOMMU = "/dev/iommu"
 
-WHEN_OPENING = {
-    errno.ENOENT: "there is no such device: look into /dev/vfio/devices, and bind the PCI "
-    "function to the VFIO driver that migrates it",
-    errno.EACCES: "this user may not: give it the device node (chown, or a udev rule)",
-    errno.EPERM: "this user may not: give it the device node (chown, or a udev rule)",
-    errno.EBUSY: "another program has it: end that one first",
-    errno.ENODEV: "the device went away: bind the PCI function to its VFIO driver again",
-}
-NO_IOMMU = (
-    f"{IOMMU} cannot be opened ({{reason}}): load the module iommufd, or let this user open it"
-)
-IN_USE = "it cannot be bound to an iommufd: another program has it, or it is being reset"
-SILENT = "it does not answer the first request: see the kernel's log (dmesg)"
+def open_target(
+    target: str, dialect: Dialect | str | None = None, *, sysfs: str | os.PathLike[str] = "/sys"
+) -> DeviceClient:
+    """Open a device by its TARGET.
 
+    ``model:SPEC`` is a device of this process. Devices of the kernel are named by path
+    (``/dev/vfio/devices/vfioN``, or ``/dev/vfio/GROUP``, with ``:NAME`` behind it if the group
+    has several), by PCI address or mdev uuid, or by a descriptor that was handed over: ``fd:N``,
+    and ``fd:N,iommufd=N`` or ``fd:N,container=N`` to map memory through the giver's.
 
-def open_target(target: str, dialect: Dialect | str | None = None) -> DeviceClient:
-    """Open ``model:SPEC``, a device of this process, or ``/dev/vfio/devices/vfioN``.
-
-    ``dialect`` is what a model is served in; a device of the kernel has the kernel's.
+    ``dialect`` is what a model is served in; a device of the kernel has the kernel's. ``sysfs`` is
+    where names and groups are looked up.
 
     Raises:
         SpecError: the TARGET means nothing; the message says what would.
         TargetError: it cannot be opened; the message says what to do.
     """
     target = os.fspath(target)
-    if target.startswith(MODEL):
-        from vfiomig.models import make
-
-        spec = target.removeprefix(MODEL)
-        return open_device(make(spec), dialect=dialect, name=spec.partition(",")[0])
-    if CHARACTER_DEVICE.fullmatch(target) is None:
-        raise SpecError(
-            f"unknown target {target!r}: use model:SPEC, such as model:pattern,size=64M, or a "
-            "device of the kernel, such as /dev/vfio/devices/vfio0"
-        )
+    for form in FORMS:
+        match = form.pattern.fullmatch(target)
+        if match is not None:
+            break
+    else:
+        known = ", ".join(form.name for form in FORMS)
+        raise SpecError(f"unknown target {target!r}: use one of {known}")
+    if form.open is None:
+        return _open_model(match["spec"], dialect)
     if dialect is not None:
         raise SpecError(
             f"the dialect of {target} is the kernel's: leave the dialect out; it is found out"
         )
-    return _open_character_device(target)
+    return form.open(match, Sysfs(sysfs))
 
 
 def open_device(
@@ -93,8 +71,15 @@ def open_device(
     try:
         transport = LocalTransport(served)
     except OSError as refusal:
-        raise _refused(name, refusal, "the device does not start: see its start()") from refusal
+        what_to_do = "the device does not start: see its start()"
+        raise diagnosis.refused(name, refusal, what_to_do) from refusal
     return connect(transport, name)
+
+
+def _open_model(spec: str, dialect: Dialect | str | None) -> DeviceClient:
+    from vfiomig.models import make
+
+    return open_device(make(spec), dialect=dialect, name=spec.partition(",")[0])
 
 
 def _dialect(name: Dialect | str | None) -> Dialect:
@@ -105,63 +90,68 @@ def _dialect(name: Dialect | str | None) -> Dialect:
         raise SpecError(f"unknown dialect {name!r}; choose {known}") from None
 
 
-def _open_character_device(path: str) -> DeviceClient:
-    try:
-        device = Fd(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as failure:
-        advice = WHEN_OPENING.get(failure.errno or 0, "see the kernel's log (dmesg)")
-        raise _refused(path, failure, advice) from None
-    try:
-        iommufd, missing = Fd(os.open(IOMMU, os.O_RDWR | os.O_CLOEXEC)), ""
-    except OSError as failure:
-        iommufd, missing = None, NO_IOMMU.format(reason=failure.strerror)
-    return connect(KernelTransport(device, iommufd), Path(path).name, missing)
+# The forms.
 
 
-def connect(transport: Transport, name: str, missing: str = "") -> DeviceClient:
-    """Bind the device, see that it answers, and make its client; close it if that fails.
-
-    ``missing`` says why there is no iommufd.
-    """
-    reason, devid = missing, None
-    try:
-        if transport.iommufd != NO_FD:
-            devid = _bind(transport)
-            reason = IN_USE if devid is None else ""
-        dialect = find_dialect(Requests(transport, name))
-        if dialect is None and reason:
-            raise OSError(errno.EINVAL, reason)
-    except OSError as failure:
-        _close(transport)
-        raise _refused(name, failure, reason or SILENT) from None
-    # A device that cannot migrate is of interest all the same, and of today's dialect.
-    return DeviceClient(transport, name, dialect or Dialect.LANDED, devid)
+def _node(match: re.Match[str], sysfs: Sysfs) -> DeviceClient:
+    return nodes.open_node(match["node"], sysfs)
 
 
-def _bind(transport: Transport) -> int | None:
-    """Bind; return the device's id in the iommufd.
-
-    ``None``: it was refused as by a kernel that may serve the device all the same.
-    """
-    argument = vfio.BindIommufd(
-        argsz=vfio.BindIommufd.end_of("out_devid"), iommufd=transport.iommufd
-    )
-    try:
-        transport.ioctl(transport.device, vfio.VFIO_DEVICE_BIND_IOMMUFD, argument)
-    except OSError as refusal:
-        if refusal.errno not in ABSENT:
-            raise
-        return None
-    return argument.out_devid
+def _group(match: re.Match[str], sysfs: Sysfs) -> DeviceClient:
+    return nodes.open_group(match["group"], match["name"], sysfs)
 
 
-def _close(transport: Transport) -> None:
-    transport.close(transport.device)
-    if transport.iommufd != NO_FD:
-        transport.close(transport.iommufd)
+def _address(match: re.Match[str], sysfs: Sysfs) -> DeviceClient:
+    domain = match["domain"] or "0000:"
+    return nodes.open_name(f"{domain}{match['function']}".lower(), sysfs)
 
 
-def _refused(name: str, failure: OSError, advice: str) -> TargetError:
-    number = failure.errno or errno.EIO
-    word = errno.errorcode.get(number, str(number))
-    return TargetError(number, f"{name} cannot be opened: {word}; {advice}")
+def _uuid(match: re.Match[str], sysfs: Sysfs) -> DeviceClient:
+    return nodes.open_name(match[0].lower(), sysfs)
+
+
+def _descriptor(match: re.Match[str], sysfs: Sysfs) -> DeviceClient:
+    more = {match["kind"]: int(match["other"])} if match["kind"] else {}
+    return nodes.open_descriptor(int(match["number"]), sysfs, **more)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A form that a TARGET may have; ``open`` is ``None`` for models, which choose their dialect."""
+
+    name: str
+    pattern: re.Pattern[str]
+    open: Callable[[re.Match[str], Sysfs], DeviceClient] | None = None
+
+
+HEX = "[0-9a-fA-F]"
+FORMS: tuple[Form, ...] = (
+    Form(
+        "model:SPEC, such as model:pattern,size=64M", re.compile(r"model:(?P<spec>.*)", re.DOTALL)
+    ),
+    Form(
+        "/dev/vfio/devices/vfioN",
+        re.compile(r"/dev/vfio/devices/(?P<node>(?:noiommu-)?vfio\d+)"),
+        _node,
+    ),
+    Form(
+        "/dev/vfio/GROUP[:NAME]",
+        re.compile(r"/dev/vfio/(?P<group>(?:noiommu-)?\d+)(?::(?P<name>.+))?"),
+        _group,
+    ),
+    Form(
+        "a PCI address, such as 0000:01:00.0",
+        re.compile(rf"(?P<domain>{HEX}{{4,8}}:)?(?P<function>{HEX}{{2}}:{HEX}{{2}}\.[0-7])"),
+        _address,
+    ),
+    Form(
+        "the uuid of a mediated device",
+        re.compile(rf"{HEX}{{8}}(?:-{HEX}{{4}}){{3}}-{HEX}{{12}}"),
+        _uuid,
+    ),
+    Form(
+        "fd:N[,iommufd=N|,container=N]",
+        re.compile(r"fd:(?P<number>\d+)(?:,(?P<kind>iommufd|container)=(?P<other>\d+))?"),
+        _descriptor,
+    ),
+)

@@ -11,16 +11,15 @@ import errno
 from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
+from vfiomig.client.chain import MOST_INFO, capability_chain
 
 if TYPE_CHECKING:
     from vfiomig.client.requests import Requests
 
 __all__ = ("mappable_areas",)
 
-INFO, HEADER = vfio.RegionInfo, vfio.InfoCapHeader
+INFO = vfio.RegionInfo
 SPARSE, AREA = vfio.RegionInfoCapSparseMmap, vfio.SparseMmapArea
-#: Bytes of capabilities that are worth asking for.
-LIMIT = 1 << 20
 
 
 def mappable_areas(requests: Requests, region: vfio.RegionInfo) -> list[tuple[int, int]]:
@@ -34,22 +33,16 @@ def mappable_areas(requests: Requests, region: vfio.RegionInfo) -> list[tuple[in
     whole = [(0, region.size)]
     if not region.flags & vfio.VFIO_REGION_INFO_FLAG_CAPS:
         return whole
-    if not INFO.SIZE < region.argsz <= LIMIT:
+    if not INFO.SIZE < region.argsz <= MOST_INFO:
         raise OSError(errno.EPROTO, f"region {region.index} claims {region.argsz} bytes of info")
     buffer = bytearray(region.argsz)
     argument = INFO.from_buffer(buffer)
     argument.argsz, argument.index = region.argsz, region.index
     requests.on_device(vfio.VFIO_DEVICE_GET_REGION_INFO, argument)
-    at = argument.cap_offset
-    while at:
-        if at < INFO.SIZE or at + HEADER.SIZE > len(buffer):
-            raise OSError(errno.EPROTO, f"a capability of region {region.index} lies outside")
-        capability = HEADER.parse(memoryview(buffer)[at:])
-        if capability.id == vfio.VFIO_REGION_INFO_CAP_SPARSE_MMAP:
+    chain = capability_chain(buffer, argument.cap_offset, INFO.SIZE, f"region {region.index}")
+    for number, at in chain:
+        if number == vfio.VFIO_REGION_INFO_CAP_SPARSE_MMAP:
             return _areas(buffer, at, region)
-        if capability.next and capability.next <= at:
-            raise OSError(errno.EPROTO, f"the capabilities of region {region.index} go in circles")
-        at = capability.next
     return whole
 
 

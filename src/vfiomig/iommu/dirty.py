@@ -71,14 +71,16 @@ class DirtyLog:
             with self._lock:
                 self._units[at].update(range(low // UNIT, (high - 1) // UNIT + 1))
 
-    def report(self, iova: int, length: int, page_size: int) -> bytearray:
-        """Return the bitmap of [iova, iova + length) and forget what it tells.
+    def report(self, iova: int, length: int, page_size: int, *, clear: bool = True) -> bytearray:
+        """Return the bitmap of [iova, iova + length) and forget what it tells, if ``clear``.
 
         Bit n mod 8 of byte n div 8 stands for the page at ``iova + n * page_size``; the bitmap is
         a multiple of 8 bytes long.
         """
         with self._lock:
-            words, _ = self._take_locked(iova, length, page_size)
+            words, told = self._take_locked(iova, length, page_size)
+            if not clear:
+                self._put_back_locked(told)
         bitmap = bytearray(bitmap_size(length, page_size))
         for at, word in words.items():
             bitmap[at * WORD_BYTES : (at + 1) * WORD_BYTES] = word.to_bytes(WORD_BYTES, "little")
@@ -108,8 +110,7 @@ class DirtyLog:
                 raise
             finally:
                 if not clear:
-                    for at, units in told:
-                        self._units[at].update(units)
+                    self._put_back_locked(told)
 
     def forget(self, iova: int, length: int) -> None:
         """Forget what was written to pages that are gone."""
@@ -136,6 +137,10 @@ class DirtyLog:
             self._units[at].difference_update(told)
             forgotten.append((at, told))
         return words, forgotten
+
+    def _put_back_locked(self, told: list[tuple[int, list[int]]]) -> None:
+        for at, units in told:
+            self._units[at].update(units)
 
     def _overlaps(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """The logged parts of [start, end): index of the range, first byte, byte behind it."""

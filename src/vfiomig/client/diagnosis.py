@@ -1,0 +1,159 @@
+"""Why a device cannot be opened, or cannot migrate, and what to do next: tables of advice.
+
+What fails is an errno at some step; which layer is to blame, and so what helps, is told by the
+step and by what sysfs knows of the device. ``refused`` makes the error of all that.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final
+
+from vfiomig.client.kernel import BY
+from vfiomig.errors import TargetError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from vfiomig.client.sysfs import SysDevice
+
+__all__ = (
+    "CONTAINER",
+    "DEVICE_FD",
+    "FIRST",
+    "GROUP",
+    "NODE",
+    "SET_IOMMU",
+    "SILENT",
+    "advice",
+    "not_bound",
+    "not_viable",
+    "refused",
+    "why_no_migration",
+)
+
+#: A driver may fail for a reason of its own, and only it knows.
+SILENT: Final = "see the kernel's log (dmesg)"
+NO_PERMISSION: Final = "this user may not: give it the device node (chown, or a udev rule)"
+
+# What an errno means at each step.
+
+NODE: Final = {
+    errno.ENOENT: "there is no such device: look into /dev/vfio/devices, and bind the PCI "
+    "function to the VFIO driver that migrates it",
+    errno.EACCES: NO_PERMISSION,
+    errno.EPERM: NO_PERMISSION,
+    errno.EBUSY: "another program has it: end that one first",
+    errno.ENODEV: "the device went away: bind the PCI function to its VFIO driver again",
+}
+CONTAINER: Final = {
+    errno.ENOENT: "VFIO is not there: load the driver of the device (modprobe vfio-pci, or the "
+    "one that migrates it), or run where /dev/vfio is visible",
+    errno.ENODEV: "VFIO is not loaded: modprobe vfio",
+    errno.EACCES: "this user may not: chmod 0666 /dev/vfio/vfio, which gives nobody a device",
+}
+GROUP: Final = {
+    errno.ENOENT: "there is no such group: bind each of its devices to a VFIO driver",
+    errno.EACCES: NO_PERMISSION,
+    errno.EPERM: "a group without an IOMMU is for users with CAP_SYS_RAWIO only",
+    errno.EBUSY: "another program has the group open, or its device as a character device: end "
+    "that one first",
+    errno.ENODEV: "the last device of the group went away: bind it to its VFIO driver again",
+}
+SET_IOMMU: Final = {
+    errno.ENODEV: "the container has no such IOMMU: modprobe vfio_iommu_type1",
+    errno.EPERM: "the machine cannot remap interrupts, so a device could forge some: enable that "
+    "in its firmware, or trust the device (modprobe vfio_iommu_type1 allow_unsafe_interrupts=1)",
+}
+DEVICE_FD: Final = {
+    errno.ENODEV: "the group has no device of that name that is bound to a VFIO driver",
+    errno.EACCES: "its physical function asks for a VF token, which this program cannot give",
+    errno.EBUSY: "another program has it: end that one first",
+}
+
+FIRST: Final = {errno.EBUSY: "another program has its group open: end that one first"}
+
+#: Drivers of the kernel that migrate some device, and what that depends on.
+MIGRATES: Final = {
+    "mlx5_vfio_pci": "its physical function must allow it: devlink port function set ... "
+    "migratable enable, before the driver is bound",
+    "hisi_acc_vfio_pci": "the driver of its physical function must be the kernel's own, and new "
+    "enough",
+    "pds_vfio_pci": "its firmware must offer live migration",
+    "virtio_vfio_pci": "the virtio device must offer the device parts admin commands",
+    "qat_vfio_pci": "its physical function's driver must offer live migration",
+    "xe_vfio_pci": "its physical function's driver must run in SR-IOV mode and offer migration",
+    "mtty": "Linux 6.8 or later",
+}
+GENERIC: Final = "vfio-pci"
+#: Drivers of bridges, which are in nobody's way.
+BRIDGES: Final = frozenset({"pcieport"})
+
+
+def advice(table: Mapping[int, str], failure: OSError) -> str:
+    """Say what to do about a failure at the step of ``table``."""
+    return table.get(failure.errno or 0, SILENT)
+
+
+def refused(name: str, failure: OSError, what_to_do: str) -> TargetError:
+    number = failure.errno or errno.EIO
+    word = errno.errorcode.get(number, str(number))
+    return TargetError(number, f"{name} cannot be opened: {word}; {what_to_do}")
+
+
+def not_bound(device: SysDevice) -> str:
+    """Say why a device that is there has no VFIO node."""
+    if device.node is not None:
+        return (
+            f"its driver {device.driver} has it, but there is neither /dev/vfio/devices/"
+            f"{device.node} nor /dev/vfio/{device.group}: run where /dev/vfio is visible"
+        )
+    if device.driver is None:
+        has = "no driver is bound to it"
+    else:
+        has = f"it is bound to {device.driver}, which is no VFIO driver"
+    bind = f"bind it to the one that migrates it (driverctl set-override {device.name} DRIVER)"
+    if device.group is None:
+        return (
+            f"{has}, and it has no IOMMU group: enable the IOMMU in the machine's firmware and "
+            f"kernel (intel_iommu=on, or amd_iommu=on), then {bind}"
+        )
+    return f"{has}: {bind}"
+
+
+def not_viable(group: str, members: Iterable[SysDevice]) -> str:
+    """Say which devices of a group are in the way."""
+    others = [f"{m.name} ({m.driver})" for m in members if _is_in_the_way(m)]
+    who = ", ".join(others) or "a device that sysfs does not show here"
+    return (
+        f"the group is not viable: all devices of {group} must be bound to a VFIO driver or to "
+        f"none, and there is {who}; unbind it, or bind it to vfio-pci as well"
+    )
+
+
+def _is_in_the_way(device: SysDevice) -> bool:
+    # Before Linux 6.1 the name alone tells a VFIO driver.
+    driver = device.driver
+    if driver is None or driver in BRIDGES or device.node is not None:
+        return False
+    return "vfio" not in driver and driver not in MIGRATES
+
+
+def why_no_migration(about: Mapping[str, str | int | bool]) -> str:
+    """Say which layer keeps a device from migrating; ``about`` is its transport's."""
+    if about.get("by") != BY:
+        return "whoever serves it gives it no capability to; a Device class has capabilities"
+    driver = about.get("driver")
+    if driver is None:
+        return (
+            "its driver, or the kernel (5.18 or later), offers no migration: bind it to the driver "
+            f"that migrates it, such as {', '.join(MIGRATES)}"
+        )
+    if driver == GENERIC:
+        return (
+            f"{GENERIC} migrates no device: bind it to the driver that migrates it, such as "
+            f"{', '.join(MIGRATES)}"
+        )
+    if driver in MIGRATES:
+        return f"its driver {driver} could, but does not for this device: {MIGRATES[driver]}"
+    return f"its driver {driver} offers no migration: look for a newer one"

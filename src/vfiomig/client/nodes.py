@@ -1,0 +1,130 @@
+"""The ways to a device of the kernel: its node, its group, its name, or a descriptor of it.
+
+A kernel offers a device as a character device that is bound to an iommufd, or in a group, or as
+both; the former is preferred. A device that was handed over as a descriptor stays in the state that
+it is in, for that may be what it is handed over for; any other one is in RUNNING once it is open.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vfiomig.abi.ioctls import Dialect
+from vfiomig.client import diagnosis
+from vfiomig.client.connecting import connect, settle
+from vfiomig.client.group import choose_member, open_group_device
+from vfiomig.client.kernel import KernelTransport
+from vfiomig.client.requests import Requests
+from vfiomig.client.type1 import ContainerSpace
+from vfiomig.descriptors import Fd
+
+if TYPE_CHECKING:
+    from vfiomig.client.face import DeviceClient
+    from vfiomig.client.sysfs import SysDevice, Sysfs
+
+__all__ = ("open_descriptor", "open_group", "open_name", "open_node")
+
+NODES = "/dev/vfio/devices"
+GROUPS = "/dev/vfio"
+IOMMU = "/dev/iommu"
+NO_IOMMU = (
+    f"{IOMMU} cannot be opened ({{reason}}): load the module iommufd, or let this user open it"
+)
+
+
+def open_node(node: str, sysfs: Sysfs) -> DeviceClient:
+    """Open /dev/vfio/devices/NODE."""
+    return _open_node(node, node, sysfs.of_node(node))
+
+
+def open_group(group: str, name: str | None, sysfs: Sysfs) -> DeviceClient:
+    """Open a device of /dev/vfio/GROUP, the only one if ``name`` is ``None``."""
+    if name is None:
+        found: SysDevice | None = choose_member(group, sysfs)
+    else:
+        found = next((one for one in sysfs.members(group) if one.name == name), None)
+    return _open_member(group, name or (found.name if found else ""), found, sysfs)
+
+
+def open_name(name: str, sysfs: Sysfs) -> DeviceClient:
+    """Open a device by its PCI address or mdev uuid, through its group if it has no node."""
+    found = sysfs.find(name)
+    if found is None:
+        where = f"{sysfs.root} has no such device: look it up (lspci -D, or mdevctl list)"
+        raise diagnosis.refused(name, OSError(errno.ENODEV, ""), where)
+    has_node = found.node is not None and os.path.exists(f"{NODES}/{found.node}")
+    has_group = found.group is not None and os.path.exists(f"{GROUPS}/{found.group}")
+    if has_node and (os.path.exists(IOMMU) or not has_group):
+        assert found.node is not None
+        return _open_node(found.node, name, found)
+    if has_group:
+        assert found.group is not None
+        return _open_member(found.group, name, found, sysfs)
+    raise diagnosis.refused(name, OSError(errno.ENODEV, ""), diagnosis.not_bound(found))
+
+
+def open_descriptor(
+    number: int, sysfs: Sysfs, *, iommufd: int | None = None, container: int | None = None
+) -> DeviceClient:
+    """Take over a descriptor of a device, and of what its memory is mapped through."""
+    name, missing = f"fd:{number}", ""
+    with ExitStack() as taken:
+        device = taken.enter_context(_take(number))
+        other = iommufd if container is None else container
+        given = None if other is None else taken.enter_context(_take(other))
+        link = os.readlink(f"/proc/self/fd/{number}")
+        taken.pop_all()
+    about = _about(sysfs.of_node(Path(link).name), descriptor=link)
+    if given is not None and container is not None:
+        transport = KernelTransport(device, None, about)
+        return connect(transport, name, memory=ContainerSpace(Requests(transport, name), given))
+    is_given = given is not None
+    if given is None:
+        given, missing = _open_iommu()
+    transport = KernelTransport(device, given, about)
+    return connect(transport, name, missing, may_be_bound=is_given)
+
+
+def _take(number: int) -> Fd:
+    try:
+        return Fd(number)
+    except OSError as failure:
+        how = "hand it over when this program is started (pass_fds, or N<>PATH in a shell)"
+        raise diagnosis.refused(f"descriptor {number}", failure, how) from None
+
+
+def _open_node(node: str, name: str, found: SysDevice | None) -> DeviceClient:
+    path = f"{NODES}/{node}"
+    try:
+        device = Fd(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as failure:
+        what_to_do = diagnosis.advice(diagnosis.NODE, failure)
+        raise diagnosis.refused(path, failure, what_to_do) from None
+    iommufd, missing = _open_iommu()
+    client = connect(KernelTransport(device, iommufd, _about(found)), name, missing)
+    # In V6 others may have it open as well.
+    return client if client.dialect is Dialect.V6 else settle(client)
+
+
+def _open_iommu() -> tuple[Fd | None, str]:
+    """Open an iommufd, or say why there is none."""
+    try:
+        return Fd(os.open(IOMMU, os.O_RDWR | os.O_CLOEXEC)), ""
+    except OSError as failure:
+        return None, NO_IOMMU.format(reason=failure.strerror)
+
+
+def _open_member(group: str, name: str, found: SysDevice | None, sysfs: Sysfs) -> DeviceClient:
+    opened = open_group_device(group, name, found, sysfs)
+    transport = KernelTransport(opened.device, None, _about(found, group=f"{GROUPS}/{group}"))
+    memory = ContainerSpace(Requests(transport, name), opened.container, opened.group)
+    return settle(connect(transport, name, memory=memory))
+
+
+def _about(found: SysDevice | None, **more: str) -> dict[str, str | int | bool]:
+    driver = {} if found is None or found.driver is None else {"driver": found.driver}
+    return {**driver, **more}
