@@ -12,6 +12,7 @@ import pytest
 
 from group_requests import CONTAINER, OldProgram
 from in_process import PAGE, Scripted
+from only_requests import OnlyRequests
 from vfiomig.abi import vfio_iommu as abi
 from vfiomig.client.chain import capability_chain
 from vfiomig.client.dma import dirty_ranges
@@ -32,36 +33,18 @@ class Untracked(Scripted):
     iommu_dirty_tracking = False
 
 
-class Old:
+class Old(OnlyRequests):
     """A transport whose every descriptor is the container of a program."""
 
-    device, iommufd = 3, NO_FD
-    about: dict[str, str | int | bool] = {}  # noqa: RUF012 - nobody writes to it
-
     def __init__(self, device: Scripted | None = None) -> None:
+        super().__init__(NO_FD)
         self.program = OldProgram(device)
-        self.answers: dict[int, tuple[int, int]] = {}
 
     def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
         assert on > 2
         assert argument is not None
         container = self.program.caller.containers[CONTAINER]
         return container.ioctl(number, ctypes.addressof(argument), self.program.caller)
-
-    def readinto(self, data_fd: int, buffer: memoryview) -> int:
-        raise NotImplementedError
-
-    def write(self, data_fd: int, data: memoryview) -> int:
-        raise NotImplementedError
-
-    def pread(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError
-
-    def pwrite(self, offset: int, data: bytes) -> int:
-        raise NotImplementedError
-
-    def close(self, number: int) -> None:
-        raise NotImplementedError
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from vfiomig.abi import iommufd, vfio
 from vfiomig.client.requests import GET, SET
 from vfiomig.client.transport import NO_FD
+from vfiomig.iommu.dirty import bitmap_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -279,9 +280,8 @@ def report_logging(requests: Requests, iova: int, length: int, page_size: int) -
 
 def bitmap_for(length: int, page_size: int) -> tuple[bytearray, int]:
     """Make the empty bitmap of a report, in whole words of 64 bits, and return its address too."""
-    pages = -(-length // page_size) if page_size else 0
     # One word at least: an empty buffer has no address to give.
-    bitmap = bytearray(max(8, -(-pages // 64) * 8))
+    bitmap = bytearray(max(8, bitmap_size(length, page_size) if page_size else 0))
     return bitmap, ctypes.addressof(ctypes.c_char.from_buffer(bitmap))
 
 

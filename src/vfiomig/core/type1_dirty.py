@@ -18,6 +18,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio_iommu as abi
+from vfiomig.iommu.dirty import bitmap_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -77,7 +78,7 @@ def _get_bitmap(iommu: Type1, arg: int, room: int, caller: Caller) -> None:
 
 def check_bitmap(size: int, bitmap: abi.Bitmap) -> None:
     """Refuse a bitmap that cannot be the one of ``size`` bytes of IOVA: EINVAL."""
-    needed = -(-(size // PAGE) // WORD_BITS) * WORD_BYTES
+    needed = bitmap_size(size, PAGE)
     if (
         bitmap.pgsize != PAGE
         or not 0 < needed <= bitmap.size <= LARGEST_BITMAP
