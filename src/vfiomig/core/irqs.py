@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from vfiomig.descriptors import EventFd
     from vfiomig.device import ConfigurationSpace
 
-__all__ = ("Irqs", "device_get_irq_info", "device_set_irqs")
+__all__ = ("Irqs", "datum_size", "device_get_irq_info", "device_set_irqs")
 
 INTX, MSI, MSIX = range(3)
 ERR, REQ = vfio.VFIO_PCI_ERR_IRQ_INDEX, vfio.VFIO_PCI_REQ_IRQ_INDEX
@@ -345,7 +345,7 @@ def device_set_irqs(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
     """Check a request and carry it out."""
     irqs = file.device.irqs
     header = vfio.IrqSet.parse(caller.read(arg, vfio.IrqSet.SIZE))
-    size = _datum_size(header, irqs.count(header.index))
+    size = datum_size(header, irqs.count(header.index))
     raw = caller.read(arg + header.SIZE, size * header.count) if size * header.count else b""
     data = [
         int.from_bytes(raw[at : at + size], "little", signed=True)
@@ -355,7 +355,7 @@ def device_set_irqs(file: VfioDeviceFile, arg: int, caller: Caller) -> int:
     return 0
 
 
-def _datum_size(header: vfio.IrqSet, present: int) -> int:
+def datum_size(header: vfio.IrqSet, present: int) -> int:
     """Check all that can be checked without the data; return the size of each datum."""
     if (
         header.argsz < header.SIZE

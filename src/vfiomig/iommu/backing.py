@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from vfiomig.iommu.space import Memory
 
-__all__ = ("Backings", "Place")
+__all__ = ("Backings", "Place", "open_file_behind")
 
 PAGE = mmap.PAGESIZE
 #: Larger files (a device's, whose regions lie far apart) are mapped as far as they are needed.
@@ -231,6 +231,25 @@ def _map_first(
             if offset + length <= status.st_size:
                 return identity, _map(fd.fileno(), 0, status.st_size)
     raise RequestError(errno.ENOENT, "nothing leads to that part of the file")
+
+
+def open_file_behind(address: int, length: int, *, writable: bool) -> tuple[Fd, int] | None:
+    """Open the shared file behind a range of this process's memory; return the offset there too.
+
+    ``None`` where the range is no one file's, or no descriptor leads to it any more.
+    """
+    process = os.getpid()
+    segment = shared_file(read_maps(process), address, length)
+    if segment is None:
+        return None
+    for path in _paths(process, segment):
+        with suppress(OSError):
+            fd = _open(path, writable=writable)
+            status = os.fstat(fd.fileno())
+            if (status.st_dev, status.st_ino) == segment[4:6]:
+                return fd, segment.offset + address - segment.low
+            fd.close()
+    return None
 
 
 def shared_file(lines: Iterable[str], address: int, length: int) -> Segment | None:
