@@ -1,8 +1,8 @@
 """What every client must do, whatever it reaches the device by: cases, not tests.
 
 A case is a function over open devices, and names the SPECs and dialects that it wants. Whoever
-runs it opens them: tests/unit in this process, tests/seccomp under a front door, where this file
-is the program: ``python client_suite.py CASE TARGET...``.
+runs it opens them: tests/unit in this process and over vfio-user, tests/seccomp under a front
+door, where this file is the program: ``python client_suite.py CASE TARGET...``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from vfiomig.client.recovery import (
     fall_back_to,
     recover,
 )
+from vfiomig.client.vfio_user import VfioUserTransport
 from vfiomig.errors import RequestError
 from vfiomig.fsm import LEGAL_SETS, SessionKind, capability_name, path, session_kind
 
@@ -55,17 +56,21 @@ class Case:
     specs: tuple[str, ...]
     dialect: Dialect
     body: Callable[..., None]
+    #: There must be an IOMMU in front of the device; behind a socket is none.
+    iommu: bool = False
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(*specs: str, dialects: tuple[Dialect, ...] = BOTH, name: str = "") -> Callable[..., None]:
+def case(
+    *specs: str, dialects: tuple[Dialect, ...] = BOTH, name: str = "", iommu: bool = False
+) -> Callable[..., None]:
     def declare(body: Callable[..., None]) -> Callable[..., None]:
         for dialect in dialects:
             full = f"{name or body.__name__}-{dialect}"
             assert full not in CASES
-            CASES[full] = Case(full, specs, dialect, body)
+            CASES[full] = Case(full, specs, dialect, body, iommu)
         return body
 
     return declare  # type: ignore[return-value]  # a decorator
@@ -86,7 +91,7 @@ def raises(number: int) -> Iterator[list[RequestError]]:
 def no_free_descriptor(dev: DeviceClient) -> Iterator[None]:
     """Let every new descriptor fail with EMFILE."""
     transport = dev._transport
-    if isinstance(transport, LocalTransport):
+    if isinstance(transport, LocalTransport | VfioUserTransport):
         numbers = transport.numbers
         before, numbers.nofile = numbers.nofile, 0
         yield
@@ -492,7 +497,7 @@ def the_log_tells_what_the_device_wrote(dev: DeviceClient) -> None:
     memory.close()
 
 
-@case(f"{DEVICES}:Ring", dialects=LANDED)
+@case(f"{DEVICES}:Ring", dialects=LANDED, iommu=True)
 def the_iommu_tells_what_the_device_wrote(dev: DeviceClient) -> None:
     length = 16 * 4096
 
@@ -539,7 +544,7 @@ def the_iommu_tells_what_the_device_wrote(dev: DeviceClient) -> None:
         assert dev.unmap(0x100000, length) == length
 
 
-@case(f"{DEVICES}:Ring", dialects=LANDED)
+@case(f"{DEVICES}:Ring", dialects=LANDED, iommu=True)
 def the_iommu_tracks_before_anything_is_mapped_and_over_a_reset(dev: DeviceClient) -> None:
     dev.stop_iommu_tracking()
     dev.start_iommu_tracking()

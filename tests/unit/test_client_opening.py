@@ -35,7 +35,7 @@ DEVICE_PATH = "/dev/vfio/devices/vfio0"
     [
         *("", "vfio0", "/dev/vfio/vfio", "/dev/vfio/12:", "/dev/vfio/devices/vfio", "/etc/passwd"),
         *("0000:01:00", "01:00.8", "1:0.0", "83b8f4f2-509f-382f-3c1e-e6bfe0fa100", "fd:", "fd:-1"),
-        *("fd:3,iommufd=", "fd:3,group=4", "fd:3,iommufd=4,container=5", "vfio-user"),
+        *("fd:3,iommufd=", "fd:3,group=4", "fd:3,iommufd=4,container=5", "vfio-user:"),
     ],
 )
 def test_an_unknown_target_names_the_known_ones(target: str) -> None:

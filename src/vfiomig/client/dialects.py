@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import Dialect
-from vfiomig.client.requests import GET, SET
+from vfiomig.client.requests import GET, SET, said_about
 from vfiomig.client.transport import NO_FD
 from vfiomig.fsm import State
 
@@ -40,6 +40,8 @@ class Answer(NamedTuple):
     errno: int
     data_fd: int = NO_FD
     device_state: State | None = None
+    #: What the transport says about a failure, if that is more than the errno.
+    reason: str = ""
 
 
 class StateRequests(Protocol):
@@ -92,7 +94,8 @@ class Landed:
             self._requests.feature_once(DEVICE_STATE, SET, argument)
         except OSError as failure:
             # The struct still holds the request: only a query tells.
-            return Answer(failure.errno or errno.EIO, NO_FD, self._look())
+            number = failure.errno or errno.EIO
+            return Answer(number, NO_FD, self._look(), said_about(failure))
         return Answer(0, argument.data_fd)
 
     def query(self) -> int:

@@ -448,10 +448,10 @@ class DeviceClient:
     def _set_state_error(self, answer: Answer, target: int) -> SetStateError:
         state, goal = answer.device_state, known(target)
         number = errno.errorcode.get(answer.errno, str(answer.errno))
+        where = state.name if state is not None else "an unknown state"
         message = (
-            f"{self.name}: the request for {goal.name if goal else target} failed with {number}; "
-            f"the device is in {state.name if state is not None else 'an unknown state'}: "
-            f"{self._advice(answer, target)}"
+            f"{self.name}: the request for {goal.name if goal else target} failed with {number}"
+            f"{answer.reason}; the device is in {where}: {self._advice(answer, target)}"
         )
         return SetStateError(answer.errno, target, state, message)
 

@@ -13,7 +13,7 @@ import errno
 import os
 import threading
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vfiomig.client.numbers import Numbers
 from vfiomig.core.iommufd import Iommufd
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vfiomig.descriptors import HasFileno
     from vfiomig.iommu import Backings
 
-__all__ = ("LocalTransport",)
+__all__ = ("LocalCaller", "LocalTransport")
 
 Thing: TypeAlias = VfioDeviceFile | Iommufd | Migf
 
@@ -57,7 +57,7 @@ class LocalTransport:
         address = 0 if argument is None else ctypes.addressof(argument)
         target = self.numbers.find(on)
         # Made for each request: kept, the two would be a cycle that keeps the device's memory.
-        caller = LocalCaller(self)
+        caller = LocalCaller(self.numbers)
         if isinstance(target, Migf):
             return self._open_device.data_ioctl(target, number, address, caller)
         return target.ioctl(number, address, caller)
@@ -104,8 +104,8 @@ class LocalTransport:
 class LocalCaller:
     """This process as the maker of a request: ``core.caller.Caller``."""
 
-    def __init__(self, transport: LocalTransport) -> None:
-        self._numbers = transport.numbers
+    def __init__(self, numbers: Numbers[Any]) -> None:
+        self._numbers = numbers
         self._memory = ProcessMemory(os.getpid())
         self.read = self._memory.read
         self.write = self._memory.write

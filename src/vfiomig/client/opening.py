@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vfiomig.abi.ioctls import Dialect
-from vfiomig.client import diagnosis, nodes
+from vfiomig.client import diagnosis, nodes, vfio_user
 from vfiomig.client.connecting import connect
+from vfiomig.client.face import DeviceClient
 from vfiomig.client.local import LocalTransport
 from vfiomig.client.sysfs import Sysfs
 from vfiomig.core.vfio_device import VfioDevice
@@ -18,24 +19,29 @@ from vfiomig.errors import SpecError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfiomig.client.face import DeviceClient
     from vfiomig.device import Device
 
 __all__ = ("open_device", "open_target")
 
 
 def open_target(
-    target: str, dialect: Dialect | str | None = None, *, sysfs: str | os.PathLike[str] = "/sys"
+    target: str,
+    dialect: Dialect | str | None = None,
+    *,
+    sysfs: str | os.PathLike[str] = "/sys",
+    timeout: float | None = None,
 ) -> DeviceClient:
     """Open a device by its TARGET.
 
-    ``model:SPEC`` is a device of this process. Devices of the kernel are named by path
+    ``model:SPEC`` is a device of this process, and one behind a vfio-user server is named by its
+    socket, ``vfio-user:PATH``. Devices of the kernel are named by path
     (``/dev/vfio/devices/vfioN``, or ``/dev/vfio/GROUP``, with ``:NAME`` behind it if the group
     has several), by PCI address or mdev uuid, or by a descriptor that was handed over: ``fd:N``,
     and ``fd:N,iommufd=N`` or ``fd:N,container=N`` to map memory through the giver's.
 
-    ``dialect`` is what a model is served in; a device of the kernel has the kernel's. ``sysfs`` is
-    where names and groups are looked up.
+    ``dialect`` is what a model is served in; a device of the kernel has the kernel's, and a socket
+    speaks the landed one. ``sysfs`` is where names and groups are looked up. ``timeout`` is how
+    many seconds a vfio-user server has for a reply, five minutes if nothing is said.
 
     Raises:
         SpecError: the TARGET means nothing; the message says what would.
@@ -53,9 +59,9 @@ def open_target(
         return _open_model(match["spec"], dialect)
     if dialect is not None:
         raise SpecError(
-            f"the dialect of {target} is the kernel's: leave the dialect out; it is found out"
+            f"the dialect of {target} is its own: leave the dialect out; it is found out"
         )
-    return form.open(match, Sysfs(sysfs))
+    return form.open(match, Options(Sysfs(sysfs), timeout))
 
 
 def open_device(
@@ -93,26 +99,38 @@ def _dialect(name: Dialect | str | None) -> Dialect:
 # The forms.
 
 
-def _node(match: re.Match[str], sysfs: Sysfs) -> DeviceClient:
-    return nodes.open_node(match["node"], sysfs)
+class Options(NamedTuple):
+    """What some forms need beside the TARGET."""
+
+    sysfs: Sysfs
+    timeout: float | None
 
 
-def _group(match: re.Match[str], sysfs: Sysfs) -> DeviceClient:
-    return nodes.open_group(match["group"], match["name"], sysfs)
+def _node(match: re.Match[str], options: Options) -> DeviceClient:
+    return nodes.open_node(match["node"], options.sysfs)
 
 
-def _address(match: re.Match[str], sysfs: Sysfs) -> DeviceClient:
+def _group(match: re.Match[str], options: Options) -> DeviceClient:
+    return nodes.open_group(match["group"], match["name"], options.sysfs)
+
+
+def _address(match: re.Match[str], options: Options) -> DeviceClient:
     domain = match["domain"] or "0000:"
-    return nodes.open_name(f"{domain}{match['function']}".lower(), sysfs)
+    return nodes.open_name(f"{domain}{match['function']}".lower(), options.sysfs)
 
 
-def _uuid(match: re.Match[str], sysfs: Sysfs) -> DeviceClient:
-    return nodes.open_name(match[0].lower(), sysfs)
+def _uuid(match: re.Match[str], options: Options) -> DeviceClient:
+    return nodes.open_name(match[0].lower(), options.sysfs)
 
 
-def _descriptor(match: re.Match[str], sysfs: Sysfs) -> DeviceClient:
+def _descriptor(match: re.Match[str], options: Options) -> DeviceClient:
     more = {match["kind"]: int(match["other"])} if match["kind"] else {}
-    return nodes.open_descriptor(int(match["number"]), sysfs, **more)
+    return nodes.open_descriptor(int(match["number"]), options.sysfs, **more)
+
+
+def _socket(match: re.Match[str], options: Options) -> DeviceClient:
+    transport = vfio_user.connect(match["path"], options.timeout)
+    return DeviceClient(transport, match[0], Dialect.LANDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +139,18 @@ class Form:
 
     name: str
     pattern: re.Pattern[str]
-    open: Callable[[re.Match[str], Sysfs], DeviceClient] | None = None
+    open: Callable[[re.Match[str], Options], DeviceClient] | None = None
 
 
 HEX = "[0-9a-fA-F]"
 FORMS: tuple[Form, ...] = (
     Form(
         "model:SPEC, such as model:pattern,size=64M", re.compile(r"model:(?P<spec>.*)", re.DOTALL)
+    ),
+    Form(
+        "vfio-user:PATH, a server's socket",
+        re.compile(r"vfio-user:(?P<path>.+)", re.DOTALL),
+        _socket,
     ),
     Form(
         "/dev/vfio/devices/vfioN",

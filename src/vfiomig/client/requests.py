@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vfiomig.abi.uapi import UapiStruct
     from vfiomig.client.transport import Transport
 
-__all__ = ("GET", "PROBE", "SET", "Requests", "failed")
+__all__ = ("GET", "PROBE", "SET", "Requests", "failed", "said_about")
 
 GET = vfio.VFIO_DEVICE_FEATURE_GET
 SET = vfio.VFIO_DEVICE_FEATURE_SET
@@ -77,3 +77,8 @@ def failed(name: str, what: str, failure: OSError) -> RequestError:
     number = failure.errno or errno.EIO
     word = errno.errorcode.get(number, str(number))
     return RequestError(number, f"{name}: {what} failed with {word} ({failure.strerror})")
+
+
+def said_about(failure: OSError) -> str:
+    """Return what a transport has to say about a failure, beyond the errno; in brackets."""
+    return f" ({failure.strerror})" if isinstance(failure, RequestError) else ""

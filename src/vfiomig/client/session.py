@@ -17,6 +17,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
+from vfiomig.client.requests import said_about
 from vfiomig.client.transport import NO_FD
 from vfiomig.device import PrecopyInfo
 from vfiomig.errors import SessionError
@@ -167,7 +168,9 @@ class Session:
         else:
             advice = "the stream is lost: take the device out of its state and start again"
         return SessionError(
-            number, f"{self._requests.name}: {what} of the data_fd failed with {name}; {advice}"
+            number,
+            f"{self._requests.name}: {what} of the data_fd failed with {name}"
+            f"{said_about(failure)}; {advice}",
         )
 
     def close(self) -> None:

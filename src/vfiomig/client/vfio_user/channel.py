@@ -1,0 +1,464 @@
+"""One connection to a server, shared by threads: requests, replies, and what the server asks for.
+
+Theory of operation
+-------------------
+Whoever waits for a reply receives. One thread at a time has the receiver's part: it takes what
+comes, gives others the replies that are theirs, answers the server's own requests, and passes the
+part on when its reply is there. So a request that nobody else waits beside costs no switch of
+threads. While no reply is awaited the attendant receives, a thread that is there as soon as the
+server may have something to ask for. It sleeps in an epoll, from which the socket is taken out
+while a request is on its way: it is never woken for what is not its own.
+
+A wait may be given up, by Ctrl-C say: the reply is dropped when it comes, and nothing is written
+into a buffer whose owner has gone. The connection as a whole is given up, once and for ever, when
+the server breaks the protocol, does not answer in time or goes away, and when a thread is
+interrupted just while bytes move, since nobody knows then where in the stream it is. Every call
+fails from there on, with the reason.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+from vfiomig.errors import RequestError, WireError
+from vfiomig.wire import Reply, Request, command_name, rest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vfiomig.client.vfio_user.stream import Stream
+    from vfiomig.wire import Buffer, Buffers, ClientConnection
+
+__all__ = ("Call", "Channel", "done")
+
+T = TypeVar("T")
+#: Makes the answer to a request of the server, whose data it is given.
+Answers: TypeAlias = Callable[[Request, memoryview], "Buffers"]
+
+GONE = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError)
+#: How often in a row a server may answer EINTR, which is asked again, before that is a fault.
+INTERRUPTED = 1000
+
+
+class Call:
+    """A request that was sent, and its reply when it has come."""
+
+    __slots__ = ("abandoned", "command", "deadline", "into", "msg_id", "reply")
+
+    def __init__(self, command: int, into: memoryview | None, deadline: float) -> None:
+        self.command = command
+        self.into = into
+        self.deadline = deadline
+        self.msg_id = -1
+        self.reply: Reply | None = None
+        self.abandoned = False
+
+
+class Filling:
+    """Data of a message on their way to where they belong."""
+
+    __slots__ = ("at", "message", "owner", "view")
+
+    def __init__(self, message: Request | Reply, view: memoryview, owner: Call | None) -> None:
+        self.message = message
+        self.view = view
+        self.owner = owner
+        self.at = min(len(message.data), len(view))
+        view[: self.at] = message.data[: self.at]
+
+
+class Channel:
+    """The connection. Safe for concurrent use."""
+
+    def __init__(
+        self, stream: Stream, connection: ClientConnection, name: str, timeout: float
+    ) -> None:
+        """Take the stream over. ``timeout``: seconds in which a request must be answered."""
+        self.name = name
+        self.timeout = timeout
+        self.connection = connection
+        #: Who answers the server's requests; nobody, to begin with.
+        self.answer: Answers = lambda request, _data: connection.error(request, errno.ENOTSUP)
+        self._stream = stream
+        #: Held while a message is sent, from its making to its last byte.
+        self._sending = threading.Lock()
+        #: Guards everything below, and tells of every change of it that somebody may wait for.
+        self._changed = threading.Condition(threading.Lock())
+        #: The thread that receives, 0 for none.
+        self._receiver = 0
+        self._waiting = 0
+        self._calls: dict[int, Call] = {}
+        self._failure: RequestError | None = None
+        self._attendant: Attendant | None = None
+        # The receiver's own.
+        self._filling: Filling | None = None
+        self._interrupted = 0
+
+    # Requests.
+
+    def call(
+        self,
+        parse: Callable[[Reply], T],
+        command: int,
+        head: Buffer = b"",
+        *data: Buffer,
+        fds: Sequence[int] = (),
+    ) -> T:
+        """Make a request and return what ``parse`` finds in the reply; see ``finish``."""
+        return self.finish(self.send(command, head, *data, fds=fds), parse)
+
+    def send(
+        self,
+        command: int,
+        head: Buffer = b"",
+        *data: Buffer,
+        fds: Sequence[int] = (),
+        into: memoryview | None = None,
+    ) -> Call:
+        """Send a request. Data of its reply go ``into`` a buffer; what does not fit is dropped.
+
+        Raises:
+            RequestError: the connection was given up.
+        """
+        call = Call(command, into, time.monotonic() + self.timeout)
+        with self._sending:
+            self._require_open()
+            outgoing = self.connection.request(command, head, *data, fds=fds)
+            call.msg_id = outgoing.msg_id
+            with self._changed:
+                self._calls[outgoing.msg_id] = call
+                self._watch()
+            try:
+                self._send(outgoing.buffers, outgoing.fds, call.deadline)
+            except BaseException:
+                self._abandon(call)
+                raise
+        return call
+
+    def finish(self, call: Call, parse: Callable[[Reply], T]) -> T:
+        """Wait for the reply and return what ``parse`` finds in it.
+
+        Raises:
+            OSError: the errno that the server answered.
+            RequestError: EPROTO, ETIMEDOUT or ENODEV; the connection is given up.
+        """
+        try:
+            self._wait(call)
+        except BaseException:
+            self._abandon(call)
+            raise
+        reply = call.reply
+        assert reply is not None
+        if reply.errno:
+            self._count_interruptions(reply)
+            raise OSError(reply.errno, os.strerror(reply.errno))
+        self._interrupted = 0
+        try:
+            return parse(reply)
+        except WireError as error:
+            if error.errno != errno.EPROTO:
+                raise OSError(error.errno, error.strerror) from None
+            raise self.give_up(
+                errno.EPROTO, f"sends what means nothing: {error.strerror}"
+            ) from None
+
+    def _abandon(self, call: Call) -> None:
+        """Drop what comes for a call from now on."""
+        with self._changed:
+            call.abandoned = True
+            self._calls.pop(call.msg_id, None)
+            self._watch()
+
+    def _count_interruptions(self, reply: Reply) -> None:
+        self._interrupted = self._interrupted + 1 if reply.errno == errno.EINTR else 0
+        if self._interrupted == INTERRUPTED:
+            raise self.give_up(errno.EPROTO, "answers EINTR whatever it is asked")
+
+    # Waiting and receiving.
+
+    def _wait(self, call: Call) -> None:
+        try:
+            while call.reply is None:
+                if self._take_part(call):
+                    while call.reply is None:
+                        self._step(call)
+        finally:
+            if self._receiver == threading.get_ident():
+                self._leave_part()
+
+    def _take_part(self, call: Call) -> bool:
+        """Become the receiver, or return when the reply is there or the part is free again."""
+        with self._changed:
+            if call.reply is not None:
+                return False
+            if self._receiver and self._failure is None:
+                self._waiting += 1
+                try:
+                    in_time = self._changed.wait(call.deadline - time.monotonic())
+                finally:
+                    self._waiting -= 1
+                if in_time or call.reply is not None:
+                    return False
+            elif self._failure is None:
+                self._receiver = threading.get_ident()
+                return True
+        self._require_open()
+        raise self._late(call.command)
+
+    def _leave_part(self) -> None:
+        with self._changed:
+            self._receiver = 0
+            self._watch()
+            if self._waiting:
+                self._changed.notify_all()
+
+    def _watch(self) -> None:
+        """Let the attendant look at the socket if nobody else does. ``_changed`` is held."""
+        if self._attendant is not None:
+            alone = not self._calls and not self._receiver and self._failure is None
+            self._attendant.watch(alone)
+
+    def _step(self, call: Call) -> None:
+        """Wait for something to come, and receive it."""
+        try:
+            self._stream.wait_readable(call.deadline)
+        except TimeoutError:
+            raise self._late(call.command) from None
+        self._receive()
+
+    def _receive(self) -> None:
+        """Receive what is there, whoever it is for. The receiver's part is this thread's."""
+        try:
+            if self._filling is not None:
+                self._fill(self._filling)
+            elif self._stream.receive(self.connection):
+                self._hand_out()
+            else:
+                raise self._left()
+        except RequestError:
+            raise
+        except WireError as error:
+            self._say_farewell()
+            raise self.give_up(
+                errno.EPROTO, f"sends what means nothing: {error.strerror}"
+            ) from None
+        except GONE:
+            raise self._left() from None
+        except BaseException:
+            self.give_up(errno.EIO, "was being listened to when this program was interrupted")
+            raise
+
+    def _hand_out(self) -> None:
+        """Take every message that is there."""
+        while self._filling is None and (message := self.connection.next()) is not None:
+            for fd in message.fds:
+                os.close(fd)  # a region's memory, which nobody here maps
+            if isinstance(message, Request):
+                self._take_request(message)
+            else:
+                self._take_reply(message)
+
+    def _take_request(self, request: Request) -> None:
+        # The data of a request are answered as a whole, once they are all here.
+        if self.connection.missing and request.refusal is None:
+            self._filling = Filling(request, memoryview(bytearray(request.data_size)), None)
+        else:
+            self._answer(request, request.data)
+
+    def _answer(self, request: Request, data: memoryview) -> None:
+        buffers = self.answer(request, data)
+        if buffers:
+            with self._sending:
+                self._send(buffers, (), time.monotonic() + self.timeout)
+
+    def _take_reply(self, reply: Reply) -> None:
+        reply.body = memoryview(bytes(reply.body))  # the receive buffer is used again
+        call = self._calls.get(reply.msg_id)
+        if call is None:
+            return  # nobody waits for it any more
+        if call.into is not None and reply.data_size:
+            view = call.into[: reply.data_size]
+            with self._changed:
+                if call.abandoned:
+                    return
+                filling = Filling(reply, view, call)
+            if self.connection.missing and filling.at < len(view):
+                self._filling = filling
+                return
+        self._finish_call(call, reply)
+
+    def _finish_call(self, call: Call, reply: Reply) -> None:
+        with self._changed:
+            self._calls.pop(reply.msg_id, None)
+            self._watch()
+            call.reply = reply
+            if self._waiting:
+                self._changed.notify_all()
+
+    def _fill(self, filling: Filling) -> None:
+        """Receive more of the data of one message."""
+        owner = filling.owner
+        with self._changed:  # its owner does not go while bytes are put into its buffer
+            if owner is not None and owner.abandoned:
+                self._filling = None
+                return
+            room = filling.view[filling.at : filling.at + self.connection.missing]
+            try:
+                count = self._stream.receive_into(room)
+            except BlockingIOError:
+                return
+            self.connection.took(count)
+            filling.at += count
+        if not count:
+            raise self._left()
+        if filling.at < len(filling.view):
+            return
+        self._filling = None
+        if isinstance(filling.message, Request):
+            self._answer(filling.message, filling.view)
+        elif owner is not None:
+            self._finish_call(owner, filling.message)
+
+    # Sending.
+
+    def _send(self, buffers: Buffers, fds: Sequence[int], deadline: float) -> None:
+        """Send a message. ``_sending`` is held."""
+        begun = False
+        try:
+            while buffers:
+                sent = self._stream.send(buffers, fds)
+                if sent:
+                    begun, fds = True, ()
+                    buffers = rest(buffers, sent)
+                else:
+                    self._stream.wait_writable(deadline)
+        except TimeoutError:
+            raise self.give_up(
+                errno.ETIMEDOUT, f"did not take a message within {self.timeout:g} s"
+            ) from None
+        except GONE:
+            raise self._left() from None
+        except BaseException:
+            if begun:
+                self.give_up(errno.EIO, "was being spoken to when this program was interrupted")
+            raise
+
+    def _say_farewell(self) -> None:
+        """Tell the server what it did wrong, if that is possible at once."""
+        farewell = self.connection.farewell
+        if farewell and self._sending.acquire(blocking=False):
+            try:
+                self._stream.send(farewell, ())
+            except OSError:
+                pass
+            finally:
+                self._sending.release()
+
+    # The end.
+
+    def give_up(self, number: int, what: str) -> RequestError:
+        """Give the connection up; return the error to raise. The first reason stays."""
+        with self._changed:
+            if self._failure is None:
+                self._failure = RequestError(number, f"the server at {self.name} {what}")
+            failure = self._failure
+            self._changed.notify_all()
+        self._stream.shut_down()
+        return RequestError(failure.errno or number, failure.strerror or "")
+
+    def _left(self) -> RequestError:
+        return self.give_up(errno.ENODEV, "ended the connection; start it again, and open it again")
+
+    def _late(self, command: int) -> RequestError:
+        return self.give_up(
+            errno.ETIMEDOUT, f"did not answer {command_name(command)} within {self.timeout:g} s"
+        )
+
+    def _require_open(self) -> None:
+        failure = self._failure
+        if failure is not None:
+            raise RequestError(failure.errno or errno.EIO, failure.strerror or "")
+
+    def attend(self) -> None:
+        """From now on answer the server also while nobody waits for a reply."""
+        with self._changed:
+            if self._attendant is None and self._failure is None:
+                self._attendant = Attendant(self._stream, self._attend)
+                self._watch()
+                self._attendant.start()
+
+    def _attend(self) -> bool:
+        """Receive once, unless somebody else does; ``False`` at the end."""
+        with self._changed:
+            if self._failure is not None:
+                return False
+            if self._receiver:
+                return True
+            self._receiver = threading.get_ident()
+            self._watch()
+        try:
+            self._receive()
+        except RequestError:
+            return False  # whoever calls next is told
+        finally:
+            self._leave_part()
+        return True
+
+    def close(self) -> None:
+        """Leave. Whoever waits fails with ENODEV."""
+        self.give_up(errno.ENODEV, "was left: its client is closed")
+        attendant = self._attendant
+        if attendant is not None:
+            attendant.stop()
+        with self._sending, self._changed:
+            self._changed.wait_for(lambda: not self._receiver, self.timeout)
+            for fd in self.connection.close():
+                os.close(fd)
+            self._stream.close()
+
+
+class Attendant:
+    """The thread that receives while nobody waits for a reply."""
+
+    def __init__(self, stream: Stream, attend: Callable[[], bool]) -> None:
+        self._stream = stream
+        self._attend = attend
+        self._idle = select.epoll()
+        self._end = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._idle.register(self._end, select.EPOLLIN)
+        self._watching = False
+        self._thread = threading.Thread(target=self._run, name="vfiomig-attendant", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def watch(self, on: bool) -> None:
+        """Look at the socket, or look away."""
+        if on is not self._watching:
+            self._watching = on
+            if on:
+                self._idle.register(self._stream, select.EPOLLIN)
+            else:
+                self._idle.unregister(self._stream)
+
+    def _run(self) -> None:
+        while True:
+            ready = self._idle.poll()
+            if any(number == self._end for number, _ in ready) or not self._attend():
+                return
+
+    def stop(self) -> None:
+        os.eventfd_write(self._end, 1)
+        self._thread.join()
+        self._idle.close()
+        os.close(self._end)
+
+
+def done(reply: Reply) -> None:
+    """Parse the reply of a request that asks for nothing but success."""
