@@ -1,0 +1,100 @@
+"""QEMU on the older path: groups, a container and the type1 IOMMU, as before iommufd.
+
+QEMU looks a device up in sysfs to find its group, so it is given a made one (``sysfsdev``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from made_sysfs import Made, make_sysfs
+from qemu_pair import FIRMWARE_ONLY, SWITCH_AT_ONCE, VfioGuest, witnessed
+from qemu_states import SOURCE_STATES, TARGET_STATES, machine_starts, machine_stops
+from vfiomig.qemu.guest import Guest
+from vfiomig.qemu.migration import migrate
+from vfiomig.qemu.vfio import run_words
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from guest_parts import GuestParts
+
+CAPS = "all"
+SIZE = 16 << 20
+BLOCKS = 64
+
+
+def group_words(folder: Path, count: int, options: str = "") -> tuple[str, ...]:
+    """QEMU's words for the devices of the first ``count`` groups."""
+    names = [f"0000:{number + 1:02x}:00.0" for number in range(count)]
+    rows = (Made(name, "vfio-pci", f"vfio{n}", str(n)) for n, name in enumerate(names))
+    devices = make_sysfs(folder, *rows) / "bus/pci/devices"
+    words = (f"vfio-pci,id=v{n},sysfsdev={devices}/{name}" for n, name in enumerate(names))
+    return tuple(part for word in words for part in ("-device", word + options))
+
+
+def test_a_guest_uses_a_disk_that_came_out_of_a_group(parts: GuestParts, tmp_path: Path) -> None:
+    disk, trace = tmp_path / "disk", tmp_path / "trace"
+    with disk.open("wb") as file:
+        file.truncate(SIZE)
+    machine = parts.machine(*group_words(tmp_path / "sys", 1))
+    launcher = run_words([f"virtio_blk,path={disk}"], "--trace", str(trace))
+    with Guest(parts.qemu, machine, launcher=launcher) as guest:
+        guest.wait_ready()
+        told = guest.check(
+            f"dd if=/dev/urandom of=blocks bs=4k count={BLOCKS} 2>/dev/null && sha256sum <blocks "
+            "&& dd if=blocks of=/dev/vda oflag=direct bs=4k seek=100 2>/dev/null && "
+            f"dd if=/dev/vda iflag=direct bs=4k skip=100 count={BLOCKS} 2>/dev/null | sha256sum"
+        )
+    written, read = told.split()[::2]
+    assert read == written
+    content = disk.read_bytes()[4096 * 100 :][: 4096 * BLOCKS]
+    assert hashlib.sha256(content).hexdigest() == written
+    requests = trace.read_text()
+    for request in ("VFIO_GROUP_SET_CONTAINER", "VFIO_SET_IOMMU", "VFIO_IOMMU_MAP_DMA"):
+        assert request in requests
+    assert "BIND_IOMMUFD" not in requests
+
+
+@pytest.mark.parametrize("tracker", ["device", "container"])
+def test_devices_of_groups_arrive_by_the_same_states(
+    parts: GuestParts, tmp_path: Path, tracker: str
+) -> None:
+    # A container's dirty pages are a last resort, and QEMU takes it only if migration is a must.
+    last_resort = ",x-device-dirty-page-tracking=off,enable-migration=on"
+    options = last_resort if tracker == "container" else ""
+    keys = {"size": 1 << 20, "caps": CAPS}
+    guests = []
+    for name, seed, dirty in (("source", 1, 1 << 18), ("target", 101, 0)):
+        specs = [witnessed(**keys, seed=seed + n, dirty=dirty) for n in range(2)]
+        words = group_words(tmp_path / f"{name}-sys", 2, options)
+        machine = replace(FIRMWARE_ONLY, extra=words)
+        incoming = name == "target"
+        guests.append(
+            VfioGuest(parts.qemu, tmp_path, name, specs, incoming=incoming, machine=machine, cold=0)
+        )
+    with guests[0] as source, guests[1] as target:
+        account = migrate(
+            source.qmp,
+            target.qmp,
+            f"unix:{tmp_path}/link",
+            parameters=SWITCH_AT_ONCE,
+            timeout=30,
+        )
+        assert account["vfio"]["transferred"] > 2 << 20
+        source.wait_status("postmigrate")
+        target.wait_status("running")
+        assert (source.finish(), target.finish()) == (0, 0)
+    for number in range(2):
+        assert source.states_of(number) == machine_starts(CAPS) + SOURCE_STATES[CAPS]
+        assert target.states_of(number) == TARGET_STATES[CAPS] + machine_stops(CAPS)
+        left = source.digest(number, "stopped")
+        assert target.digest(number, "loaded") == target.digest(number, "stopped") == left
+        logs = "SET DMA_LOGGING_START" in source.features(number)
+        assert logs == (tracker == "device")
+    asked = source.requests_on("container")
+    assert ("VFIO_IOMMU_DIRTY_PAGES()" in asked) == (tracker == "container")
