@@ -258,3 +258,47 @@ def test_the_trace_names_them(tmp_path: Path) -> None:
         ("container", "VFIO_IOMMU_MAP_DMA()", -1, "EFAULT"),
         ("group0", "read(4)", -1, "EINVAL"),
     ]
+
+
+def test_threads_that_fight_for_a_group_get_it_one_after_the_other(tmp_path: Path) -> None:
+    body = r"""
+    static void *fight(void *nothing)
+    {
+        for (int round = 0; round < 15;) {
+            int own = open("/dev/vfio/vfio", O_RDWR | O_CLOEXEC);
+            int file = open("/dev/vfio/0", O_RDWR | O_CLOEXEC);
+            CHECK(own >= 0);
+            if (file < 0) {
+                IS(errno, EBUSY);
+                close(own);
+                continue;
+            }
+            CHECK(!ioctl(file, 0x3B68, &own));
+            CHECK(!ioctl(own, 0x3B66, 3));
+            int device = ioctl(file, 0x3B6A, NAME);
+            CHECK(device >= 0);
+            IS(get_state(device), RUNNING);
+            /* Whichever goes last gives the group up. */
+            int order[3] = { file, own, device };
+            close(order[round % 3]);
+            close(order[(round + 1) % 3]);
+            close(order[(round + 2) % 3]);
+            round++;
+        }
+        return nothing;
+    }
+    int main(void)
+    {
+        pthread_t threads[4];
+        for (int i = 0; i < 4; i++)
+            CHECK(!pthread_create(&threads[i], NULL, fight, NULL));
+        for (int i = 0; i < 4; i++)
+            CHECK(!pthread_join(threads[i], NULL));
+        open_group(0);
+        IS(get_state(device_of_group(NAME)), RUNNING);
+        return 0;
+    }
+    """
+    devices = served(Plain(4096))
+    assert serve(devices, [build(tmp_path, OLD + body)]) == 0
+    assert devices[0].group is None
