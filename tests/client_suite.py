@@ -474,6 +474,7 @@ def the_log_tells_what_the_device_wrote(dev: DeviceClient) -> None:
     length = 16 * 4096
     memory = mmap.mmap(-1, length)
     dev.map(0x100000, memory)
+    dev.set_bus_master(True)
     with raises(errno.EINVAL):
         dev.report_dma_logging(0x100000, length)
     assert dev.start_dma_logging([(0x100000, length)]) == 4096
@@ -512,6 +513,7 @@ def the_iommu_tells_what_the_device_wrote(dev: DeviceClient) -> None:
     assert dev.iommu_dirty_tracking
     with mmap.mmap(-1, length) as memory:
         dev.map(0x100000, memory)
+        dev.set_bus_master(True)
         ring(0x100000)  # by the page table that cannot track
         with raises(errno.EINVAL):
             dirty()
@@ -550,6 +552,7 @@ def the_iommu_tracks_before_anything_is_mapped_and_over_a_reset(dev: DeviceClien
     dev.start_iommu_tracking()
     with mmap.mmap(-1, 8192) as memory:
         dev.map(0x100000, memory)
+        dev.set_bus_master(True)
         dev.start_dma_logging([(0x100000, 4096)])
         dev.write_region(0, 0, (0x100FF8).to_bytes(8, "little"))
         dev.reset()
@@ -570,9 +573,47 @@ def an_iommu_that_cannot_track_says_so_and_the_device_works_on(dev: DeviceClient
         dev.map(0x100000, memory)
         with raises(errno.EOPNOTSUPP):
             dev.start_iommu_tracking()
+        dev.set_bus_master(True)
         dev.write_region(0, 0, (0x100000).to_bytes(8, "little"))
         assert memory[:16] == b"written by DMA!!"
         dev.unmap(0x100000, 4096)
+
+
+@case(f"{DEVICES}:Ring", dialects=LANDED)
+def only_a_bus_master_does_dma(dev: DeviceClient) -> None:
+    def ring() -> None:
+        dev.write_region(0, 0, (0x100000).to_bytes(8, "little"))
+
+    with mmap.mmap(-1, 4096) as memory:
+        dev.map(0x100000, memory)
+        with raises(errno.EFAULT):
+            ring()
+        dev.set_bus_master(True)
+        assert dev.read_region(7, 4, 2) == b"\x06\0"
+        ring()
+        assert memory[:16] == b"written by DMA!!"
+        memory[:16] = bytes(16)
+        dev.set_bus_master(False)
+        with raises(errno.EFAULT):
+            ring()
+        assert memory[:16] == bytes(16)
+        dev.set_bus_master(True)
+        dev.reset()  # which leaves the command register as it is
+        ring()
+        assert memory[:16] == b"written by DMA!!"
+        dev.unmap(0x100000, 4096)
+
+
+@case(CARD)
+def a_region_that_is_not_decoded_cannot_be_reached(dev: DeviceClient) -> None:
+    dev.write_region(0, 8, b"kept")
+    dev.write_region(7, 4, b"\0\0")
+    with raises(errno.EIO):
+        dev.read_region(0, 8, 4)
+    with raises(errno.EIO):
+        dev.write_region(0, 8, b"lost")
+    dev.write_region(7, 4, b"\x02\0")
+    assert dev.read_region(0, 8, 4) == b"kept"
 
 
 @case(f"{DEVICES}:Ring", dialects=LANDED)

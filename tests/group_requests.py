@@ -9,8 +9,10 @@ from in_process import PAGE, Answer, Caller, Scripted
 from iommu_requests import bits_of, words
 from vfiomig.abi import vfio_iommu as abi
 from vfiomig.abi.ioctls import Dialect
+from vfiomig.abi.pci import PCI_COMMAND, PCI_COMMAND_MASTER, PCI_COMMAND_MEMORY
 from vfiomig.core.container import Container
 from vfiomig.core.group import Group
+from vfiomig.core.regions import region_offset
 from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
 
 if TYPE_CHECKING:
@@ -91,7 +93,11 @@ class OldProgram:
     def open_device(self) -> VfioDeviceFile:
         number = self.device_fd()
         assert number > 0
-        return self.caller.files[number]
+        file = self.caller.files[number]
+        file.pwrite(
+            region_offset(7) + PCI_COMMAND, bytes([PCI_COMMAND_MASTER | PCI_COMMAND_MEMORY, 0])
+        )
+        return file
 
     def close_device(self, file: VfioDeviceFile) -> None:
         for number in [n for n, known in self.caller.files.items() if known is file]:

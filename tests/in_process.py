@@ -17,9 +17,10 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from vfiomig.abi import vfio
+from vfiomig.abi import pci, vfio
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.core.iommufd import Iommufd
+from vfiomig.core.regions import region_offset
 from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
 from vfiomig.descriptors import EventFd, Fd
 from vfiomig.device import Device, PrecopyInfo, StateReader
@@ -270,7 +271,17 @@ class Program:
 
     def bind(self, file: VfioDeviceFile | None = None, iommufd: int = IOMMUFD) -> Answer:
         argument = bytes(vfio.BindIommufd(argsz=16, iommufd=iommufd))[:16]
-        return self.ioctl(vfio.VFIO_DEVICE_BIND_IOMMUFD, argument, file)
+        answer = self.ioctl(vfio.VFIO_DEVICE_BIND_IOMMUFD, argument, file)
+        if not answer.errno:
+            self.master(file=file)
+        return answer
+
+    def master(self, *, on: bool = True, file: VfioDeviceFile | None = None) -> None:
+        """Let the device do DMA, or not."""
+        at = region_offset(vfio.VFIO_PCI_CONFIG_REGION_INDEX) + pci.PCI_COMMAND
+        command = int.from_bytes((file or self.file).pread(at, 2), "little")
+        command = command & ~pci.PCI_COMMAND_MASTER | pci.PCI_COMMAND_MASTER * on
+        (file or self.file).pwrite(at, command.to_bytes(2, "little"))
 
     def feature(self, flags: int, payload: bytes = b"", argsz: int | None = None) -> Answer:
         """Make a VFIO_DEVICE_FEATURE request; its answer's ``data`` is the payload's."""

@@ -54,6 +54,8 @@ static int attached_device(void)
     ioas = alloc[2];
     uint32_t attach[3] = { 12, 0, ioas };
     CHECK(!ioctl(device, 0x3B77, attach));
+    uint16_t command = 6; // it decodes memory and masters the bus
+    CHECK(pwrite(device, &command, 2, 0x56ull << 56 | 7ull << 40 | 4) == 2);
     return device;
 }
 """

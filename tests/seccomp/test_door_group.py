@@ -174,6 +174,8 @@ def test_dma_goes_through_the_container_until_its_end(tmp_path: Path, end: str) 
     {
         open_group(0);
         int device = device_of_group(NAME);
+        uint16_t command = 6; /* it decodes memory and masters the bus */
+        CHECK(pwrite(device, &command, 2, BAR0 + (7ull << 40) + 4) == 2);
         char *memory = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         struct { uint32_t argsz, flags; uint64_t vaddr, iova, size; } map =
             { 32, 3, (uintptr_t)memory, BUS, 4096 };

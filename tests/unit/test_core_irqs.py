@@ -697,7 +697,7 @@ def test_the_last_close_drops_every_trigger_and_configuration_space_starts_anew(
     host.file = host.served.open()
     host.bind()
     assert host.enabled_bits() == (0, 0)
-    assert host.file.pread(CONFIG + 4, 2) == b"\x01\0"
+    assert host.file.pread(CONFIG + 4, 2) == b"\x07\0"
     for index in (ERR, REQ, MSIX):
         assert host.set_irqs(index, NONE | TRIGGER, count=1) == errno.EINVAL
     assert [signals(one) for one in eventfds] == [0, 0, 0]

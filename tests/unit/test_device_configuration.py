@@ -24,7 +24,7 @@ from vfiomig.device import (
 REGISTERS = [
     (0x00, 2, 0x1234, 0),
     (0x02, 2, 0x5678, 0),
-    (0x04, 2, 0x0001, 0x0547),  # I/O, memory, master, parity, SERR, INTx disable
+    (0x04, 2, 0x0003, 0x0547),  # I/O, memory, master, parity, SERR, INTx disable
     (0x06, 2, 0x0210, 0),  # a capability list
     (0x08, 4, 0x0700_0203, 0),
     (0x0C, 1, 0, 0xFF),  # cache line size

@@ -90,6 +90,7 @@ def test_the_templates_doorbell_does_dma_and_is_held_back_where_it_must_be() -> 
         vfiomig.open(f"model:{TEMPLATE}:Template") as client,
     ):
         client.map(0x10000, memory)
+        client.set_bus_master(True)
         client.write_region(2, 0, b"page one")
         assert ring(client, 0x10000) == 1
         assert memory[:8] == b"page one"

@@ -221,6 +221,8 @@ def test_through_core_and_client_with_a_guest_that_writes_all_the_time() -> None
     ):
         client.map(BASE, guest.bytes)
         other.map(BASE, guest.bytes)
+        for one in (client, other):
+            one.set_bus_master(True)
         driver = Driver(Regions(client), guest)
         driver.start(size=32)
         warm, paused = threading.Event(), threading.Event()

@@ -79,6 +79,9 @@ def test_the_walk_finds_every_structure_in_a_page_of_its_own() -> None:
         if capability[0] != pci.PCI_CAP_ID_VNDR:
             continue
         kind, bar = capability[3], capability[4]
+        if kind == 5:  # a window, not a structure: the driver says onto what
+            assert capability == bytes((9, capability[1], 20, 5)).ljust(20, b"\0")
+            continue
         offset = int.from_bytes(capability[8:12], "little")
         length = int.from_bytes(capability[12:16], "little")
         assert bar == 4

@@ -79,7 +79,8 @@ def unmap_body(iova: int, size: int, flags: int = 0, argsz: int = 24) -> bytes:
 
 
 def order(client: Raw, iova: int, length: int) -> None:
-    """Say what the next command is about."""
+    """Say what the next command is about, to a device that may do DMA."""
+    assert client.write_region(7, 4, b"\6\0") == 0
     assert client.write_region(0, 0, struct.pack("<Q", iova)) == 0
     assert client.write_region(0, 8, struct.pack("<Q", length)) == 0
 

@@ -21,7 +21,7 @@ import warnings
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
-from vfiomig.abi import vfio
+from vfiomig.abi import pci, vfio
 from vfiomig.client import dma
 from vfiomig.client.diagnosis import why_no_migration
 from vfiomig.client.dialects import Answer, known, state_requests
@@ -337,9 +337,20 @@ class DeviceClient:
 
     # DMA.
 
+    def set_bus_master(self, on: bool) -> None:
+        """Let the device do DMA, or not: the bit is off when a device is opened."""
+        at = self._place(vfio.VFIO_PCI_CONFIG_REGION_INDEX, pci.PCI_COMMAND)
+        try:
+            command = int.from_bytes(self._transport.pread(at, 2), "little")
+            command = command & ~pci.PCI_COMMAND_MASTER | pci.PCI_COMMAND_MASTER * on
+            self._transport.pwrite(at, command.to_bytes(2, "little"))
+        except OSError as failure:
+            raise self._failed("an access to its command register", failure) from None
+
     def map(self, iova: int, memory: WriteableBuffer) -> None:
         """Let the device reach ``memory``, which begins and ends at a page, such as an ``mmap``.
 
+        It does so once it is bus master: see ``set_bus_master``.
         The memory is held until ``unmap`` or ``close``: it cannot be closed or resized before.
         """
         try:

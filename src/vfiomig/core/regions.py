@@ -9,6 +9,10 @@ device gets its first user the region's content moves there, and back when the l
 
 The MSI-X table and the pending bits lie in trapped pages and are kept by ``core.irqs``; the
 device's own handlers never see accesses to them.
+
+As with vfio-pci an access to a memory region fails while the command register (or D3hot) keeps the
+function from decoding it, and nobody answers for a region in I/O space. What a program has mapped
+stays, where a kernel would send it SIGBUS: pages cannot be taken out of another process.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import mmap
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfiomig.abi import vfio
+from vfiomig.device.capabilities import RegionWindow
 from vfiomig.device.region import cut
 
 if TYPE_CHECKING:
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from vfiomig.core.vfio_device import VfioDevice
     from vfiomig.descriptors import HasFileno
     from vfiomig.device import Device
+    from vfiomig.device.region import Region
 
 __all__ = (
     "OFFSET_TAG",
@@ -34,9 +40,9 @@ __all__ = (
     "Windows",
     "may_map",
     "memory_size",
-    "msix_windows",
     "read_region",
     "region_offset",
+    "windows_of",
     "write_region",
 )
 
@@ -80,7 +86,41 @@ def region_offset(index: int) -> int:
     return OFFSET_TAG << 56 | index << INDEX_SHIFT
 
 
-def msix_windows(irqs: Irqs) -> dict[int, Windows]:
+def windows_of(served: VfioDevice) -> dict[int, Windows]:
+    """Say which parts of regions are not the device's own, by region index."""
+    found = _msix_windows(served.irqs)
+    place = served.configuration.places.get(RegionWindow)
+    if place is not None:
+        found[CONFIG] = Windows(_region_window(served, place))
+    return found
+
+
+def _region_window(served: VfioDevice, place: int) -> Window:
+    """The data of the ``RegionWindow`` at ``place``; decoded or not, its region answers."""
+
+    def target() -> tuple[int, int, int] | None:
+        index, at, length = RegionWindow.where(served.configuration.read(place, RegionWindow.SIZE))
+        region = served.device.regions.get(index)
+        if region is None or length not in {1, 2, 4} or at % length or at >= region.size:
+            return None
+        return index, at, length
+
+    def read(start: int, size: int) -> bytes:
+        found = target()
+        if found is None or not served.device.regions[found[0]].readable:
+            return bytes(size)
+        return _read(served, *found).ljust(RegionWindow.DATA_SIZE, b"\0")[start : start + size]
+
+    def write(_start: int, _data: bytes) -> None:
+        found = target()
+        if found is not None and served.device.regions[found[0]].writable:
+            index, at, length = found
+            _write(served, index, at, served.configuration.read(place + RegionWindow.DATA, length))
+
+    return Window(place + RegionWindow.DATA, RegionWindow.DATA_SIZE, read, write)
+
+
+def _msix_windows(irqs: Irqs) -> dict[int, Windows]:
     """Say where the MSI-X structures lie, by region index."""
     msix = irqs.msix_capability
     if msix is None:
@@ -97,25 +137,22 @@ def msix_windows(irqs: Irqs) -> dict[int, Windows]:
 
 
 def read_region(served: VfioDevice, offset: int, length: int) -> bytes:
-    """Read at an offset of the descriptor; EINVAL outside the regions, EFAULT outside config."""
+    """Read at an offset of the descriptor.
+
+    Raises:
+        OSError: EINVAL outside the regions, EFAULT outside configuration space, EIO in a region
+            that is not decoded.
+    """
     if not length:
         return b""
     index, at, length = _locate(served, offset, length)
-    if index == CONFIG:
-        return served.configuration.read(at, length)
-    region = served.device.regions[index]
-    if not region.readable:
-        raise OSError(errno.EINVAL, f"{region.name} cannot be read")
-    windows = served.windows.get(index)
-    if windows is None:
-        return _read_own(served, index, at, length)
-    pieces = []
-    for start, size, window in windows.cut(at, length):
-        if window is None:
-            pieces.append(_read_own(served, index, start, size))
-        else:
-            pieces.append(window.read(start - window.offset, size))
-    return b"".join(pieces)
+    if index != CONFIG:
+        region = served.device.regions[index]
+        if not region.readable:
+            raise OSError(errno.EINVAL, f"{region.name} cannot be read")
+        if not _is_decoded(served, region):
+            return b"\xff" * length
+    return _read(served, index, at, length)
 
 
 def write_region(
@@ -134,21 +171,49 @@ def write_region(
     region = served.device.regions[index]
     if not region.writable:
         raise OSError(errno.EINVAL, f"{region.name} cannot be written")
-    data = data[:length]
+    if _is_decoded(served, region):
+        _write(served, index, at, data[:length])
+    return length
+
+
+def _is_decoded(served: VfioDevice, region: Region) -> bool:
+    """Whether the function answers for a region: ``False`` in I/O space, EIO in memory."""
+    if region.io:
+        return served.configuration.decodes_io
+    if not served.configuration.decodes_memory:
+        raise OSError(errno.EIO, f"{region.name} is not decoded: PCI_COMMAND_MEMORY, or D3hot")
+    return True
+
+
+def _read(served: VfioDevice, index: int, at: int, length: int) -> bytes:
+    windows = served.windows.get(index)
+    if windows is None:
+        return _read_own(served, index, at, length)
+    pieces = []
+    for start, size, window in windows.cut(at, length):
+        if window is None:
+            pieces.append(_read_own(served, index, start, size))
+        else:
+            pieces.append(window.read(start - window.offset, size))
+    return b"".join(pieces)
+
+
+def _write(served: VfioDevice, index: int, at: int, data: bytes) -> None:
     windows = served.windows.get(index)
     if windows is None:
         _write_own(served, index, at, data)
-        return length
-    for start, size, window in windows.cut(at, length):
+        return
+    for start, size, window in windows.cut(at, len(data)):
         piece = data[start - at :][:size]
         if window is None:
             _write_own(served, index, start, piece)
         elif window.write is not None:
             window.write(start - window.offset, piece)
-    return length
 
 
 def _read_own(served: VfioDevice, index: int, at: int, length: int) -> bytes:
+    if index == CONFIG:
+        return served.configuration.read(at, length)
     region = served.device.regions[index]
     return served.migration.beside(region.name, lambda: region.read(served.device, at, length))
 
@@ -163,6 +228,11 @@ def _write_configuration(
 ) -> None:
     served.configuration.write(at, data)
     served.irqs.follow_configuration(at, len(data))
+    served.device.dma.master(served.configuration.masters)
+    windows = served.windows.get(CONFIG)
+    for start, size, window in windows.cut(at, len(data)) if windows is not None else ():
+        if window is not None and window.write is not None:
+            window.write(start - window.offset, data[start - at :][:size])
     if served.configuration.asks_for_flr(at, data):
         blocks()
         served.reset()  # like hardware it does not tell whether that worked

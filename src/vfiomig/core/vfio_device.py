@@ -60,7 +60,7 @@ class VfioDevice:
         self.irqs = irqs.Irqs(self.configuration)
         device.interrupts = self.irqs
         #: Parts of regions that are not the device's own, by region index.
-        self.windows = regions.msix_windows(self.irqs)
+        self.windows = regions.windows_of(self)
         #: Where the memory of mapped regions is while the device is in use.
         self.placement: regions.Placement | None = None
         self.dirty_log: DirtyLog | None = None
@@ -195,6 +195,7 @@ class VfioDeviceFile:
         device = self.device
         if not device.users:
             device.configuration.power_on()
+            device.device.dma.master(device.configuration.masters)
             device.irqs.first_open()
             device.placement = self.placement
             if self.placement is not None:

@@ -9,6 +9,7 @@ from vfiomig.device.capabilities import (
     PciCapability,
     PciExpress,
     PowerManagement,
+    RegionWindow,
     VendorCapability,
 )
 from vfiomig.device.configuration import ConfigurationSpace
@@ -28,6 +29,7 @@ __all__ = (
     "PowerManagement",
     "PrecopyInfo",
     "Region",
+    "RegionWindow",
     "SessionBody",
     "StateReader",
     "VendorCapability",

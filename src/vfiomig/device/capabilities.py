@@ -21,6 +21,7 @@ __all__ = (
     "PciCapability",
     "PciExpress",
     "PowerManagement",
+    "RegionWindow",
     "Registers",
     "VendorCapability",
     "find_capability",
@@ -177,6 +178,38 @@ class VendorCapability:
         made.values[3:] = self.data
         made.mask[3 : 3 + len(self.writable)] = self.writable
         return made
+
+
+@dataclass(frozen=True, slots=True)
+class RegionWindow:
+    """A way to the regions through configuration space: ``struct virtio_pci_cfg_cap``.
+
+    A program says where: BAR, offset, and a length of 1, 2 or 4 bytes. What it then reads or
+    writes in the last four bytes is read or written there; no code of the device is needed. See
+    "PCI configuration access capability" in the VIRTIO specification, version 1.2.
+    """
+
+    id: ClassVar[int] = pci.PCI_CAP_ID_VNDR
+    #: Bytes of the capability, and where in it the data begins.
+    SIZE: ClassVar[int] = 20
+    DATA: ClassVar[int] = 16
+    DATA_SIZE: ClassVar[int] = 4
+
+    def registers(self) -> Registers:
+        made = Registers(self.SIZE)
+        made.put(2, 1, self.SIZE)
+        made.put(3, 1, 5)  # VIRTIO_PCI_CAP_PCI_CFG
+        made.put(4, 1, 0, writable=0xFF)
+        made.put(8, 4, 0, writable=0xFFFF_FFFF)
+        made.put(12, 4, 0, writable=0xFFFF_FFFF)
+        made.put(self.DATA, 4, 0, writable=0xFFFF_FFFF)
+        return made
+
+    @classmethod
+    def where(cls, registers: bytes) -> tuple[int, int, int]:
+        """Return BAR, offset and length that the capability's bytes name."""
+        offset, length = (int.from_bytes(registers[at : at + 4], "little") for at in (8, 12))
+        return registers[4], offset, length
 
 
 def find_capability(capabilities: Iterable[PciCapability], kind: type[C]) -> C | None:

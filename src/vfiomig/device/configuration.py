@@ -12,7 +12,8 @@ that is said here:
   interrupt status shows the pin: ``show`` sets such bits from inside.
 
 As with vfio-pci the space outlives resets: whoever resets a device through VFIO finds its command
-register and its BARs as they were; the next first open starts from power-on values.
+register and its BARs as they were. The next first open starts from power-on values, with the
+regions decoded and without bus mastering, as the kernel hands a device over.
 
 Layouts: include/uapi/linux/pci_regs.h; PCI Local Bus 3.0 chapter 6, PCI Express Base chapter 7.
 """
@@ -65,10 +66,17 @@ class ConfigurationSpace:
         _put_bars(registers, regions)
         self._put_capabilities(registers)
         _check_msix(find_capability(self.capabilities, Msix), regions)
+        for region in regions.values():
+            decode = pci.PCI_COMMAND_IO if region.io else pci.PCI_COMMAND_MEMORY
+            registers.values[pci.PCI_COMMAND] |= decode
+        registers.values[pci.PCI_COMMAND] &= ~pci.PCI_COMMAND_MASTER
         self._power_on = bytes(registers.values)
         self._bytes = registers.values
         self._mask = registers.mask
         self._lock = threading.Lock()
+        #: Whether the function answers accesses to its memory and I/O regions, and may do DMA.
+        self.decodes_memory = self.decodes_io = self.masters = False
+        self._settle_locked()
 
     def _put_capabilities(self, registers: Registers) -> None:
         at = pci.PCI_STD_HEADER_SIZEOF
@@ -103,6 +111,7 @@ class ConfigurationSpace:
                 self._bytes[offset] = self._bytes[offset] & ~mask | byte & mask
             self._keep_power_state_locked(before)
             self._limit_messages_locked()
+            self._settle_locked()
 
     def asks_for_flr(self, at: int, data: bytes) -> bool:
         """Tell whether a write asks for a function level reset."""
@@ -125,6 +134,16 @@ class ConfigurationSpace:
             if (self._bytes[at] & pci.PCI_MSI_FLAGS_QSIZE) >> 4 > capable:
                 self._bytes[at] = self._bytes[at] & ~pci.PCI_MSI_FLAGS_QSIZE | capable << 4
 
+    def _settle_locked(self) -> None:
+        command = self._bytes[pci.PCI_COMMAND]
+        awake = True
+        if PowerManagement in self.places:
+            state = self._bytes[self.places[PowerManagement] + pci.PCI_PM_CTRL]
+            awake = not state & pci.PCI_PM_CTRL_STATE_MASK
+        self.decodes_memory = awake and bool(command & pci.PCI_COMMAND_MEMORY)
+        self.decodes_io = awake and bool(command & pci.PCI_COMMAND_IO)
+        self.masters = awake and bool(command & pci.PCI_COMMAND_MASTER)
+
     # What happens from inside.
 
     def register(self, at: int, width: int) -> int:
@@ -138,9 +157,10 @@ class ConfigurationSpace:
             self._bytes[at : at + 4] = value.to_bytes(4, "little")
 
     def power_on(self) -> None:
-        """Return to the values that the device has after power-on."""
+        """Return to the values that the device has when it is opened after power-on."""
         with self._lock:
             self._bytes[:] = self._power_on
+            self._settle_locked()
 
 
 def _put_header(

@@ -14,6 +14,7 @@ after the bytes as well, a write that is under way when logging starts is in the
 from __future__ import annotations
 
 import errno
+import threading
 from typing import TYPE_CHECKING
 
 from vfiomig.errors import DeviceError, RequestError
@@ -29,6 +30,7 @@ __all__ = ("DmaPort",)
 
 #: Bytes for which an access keeps others from the address space, at most.
 PIECE = 1 << 20
+NO_MASTER = "the function may not master the bus: PCI_COMMAND_MASTER is not set"
 
 
 class DmaPort:
@@ -39,7 +41,11 @@ class DmaPort:
     """
 
     def __init__(self, *, iommu_tracks: bool = True) -> None:
+        #: What accesses go through now.
         self.table: PageTable | None = None
+        self._attached: PageTable | None = None
+        self._masters = True
+        self._lock = threading.Lock()
         #: Whether the IOMMU in front of the device can track its writes.
         self.iommu_tracks = iommu_tracks
         #: What the device itself logs its writes in.
@@ -48,7 +54,7 @@ class DmaPort:
     @property
     def space(self) -> IoSpace | None:
         """The IO address space that the device is attached to."""
-        return None if self.table is None else self.table.space
+        return None if self._attached is None else self._attached.space
 
     @space.setter
     def space(self, space: IoSpace | None) -> None:
@@ -56,8 +62,19 @@ class DmaPort:
 
     def attach(self, table: PageTable | None) -> None:
         """Change the page table; nothing is under way through the former one afterwards."""
-        former, self.table = self.table, table
-        if former is not None:
+        with self._lock:
+            self._attached = table
+            self._settle_locked()
+
+    def master(self, on: bool) -> None:
+        """Let the device do DMA, or not, as a PCI function's bus master bit does."""
+        with self._lock:
+            self._masters = on
+            self._settle_locked()
+
+    def _settle_locked(self) -> None:
+        former, self.table = self.table, self._attached if self._masters else None
+        if former is not None and former is not self.table:
             with former.space.lock:  # an access that comes later looks at self.table again
                 pass
 
@@ -155,7 +172,8 @@ class DmaPort:
     ) -> int:
         table = self.table
         if table is None:
-            raise RequestError(errno.EFAULT, f"no IO address space is attached (IOVA {iova:#x})")
+            reason = "no IO address space is attached" if self._masters else NO_MASTER
+            raise RequestError(errno.EFAULT, f"{reason} (IOVA {iova:#x})")
         with table.space.lock:
             if self.table is not table:
                 return 0  # attached elsewhere meanwhile: look there

@@ -3,9 +3,8 @@
 Theory of operation
 -------------------
 BAR 4 holds the structures that the vendor capabilities name, each in a page of its own: common
-configuration, ISR status, the device's configuration, notifications, and MSI-X. There is no
-legacy interface, and no window onto the BAR in configuration space (VIRTIO_PCI_CAP_PCI_CFG), which
-is for firmware that cannot reach a BAR.
+configuration, ISR status, the device's configuration, notifications, and MSI-X. Firmware that
+cannot reach a BAR has a window onto it in configuration space. There is no legacy interface.
 
 A notification kicks the ``Worker``, whose work is: carry out a reset that the driver has asked
 for, else answer what waits in the queues, some requests at a time. A request that is taken is
@@ -27,13 +26,14 @@ import struct
 import threading
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from vfiomig.device import Device, Msix, Region, VendorCapability
+from vfiomig.device import Device, Msix, Region, RegionWindow, VendorCapability
 from vfiomig.errors import DeviceError
 from vfiomig.models.virtio_registers import COMMON_SIZE, DEVICE_STATUS, CommonConfiguration
 from vfiomig.models.virtio_worker import Worker
 from vfiomig.models.virtqueue import NO_VECTOR, RingBroken
 
 if TYPE_CHECKING:
+    from vfiomig.device import PciCapability
     from vfiomig.models.virtqueue import Chain, Virtqueue
 
 __all__ = ("QUEUE_SIZE", "VirtioPci", "virtio_capabilities")
@@ -62,7 +62,7 @@ BATCH: Final = 16
 FIRST_SHARE: Final = 4
 
 
-def virtio_capabilities(queues: int, config_size: int) -> tuple[VendorCapability | Msix, ...]:
+def virtio_capabilities(queues: int, config_size: int) -> tuple[PciCapability, ...]:
     """Declare the capabilities of a device with so many queues and bytes of configuration."""
 
     def structure(kind: int, offset: int, length: int, more: bytes = b"") -> VendorCapability:
@@ -75,6 +75,7 @@ def virtio_capabilities(queues: int, config_size: int) -> tuple[VendorCapability
         structure(VIRTIO_PCI_CAP_ISR_CFG, ISR, 1),
         structure(VIRTIO_PCI_CAP_DEVICE_CFG, CONFIG, config_size),
         structure(VIRTIO_PCI_CAP_NOTIFY_CFG, NOTIFY, NOTIFY_STEP * queues, step),
+        RegionWindow(),
     )
 
 

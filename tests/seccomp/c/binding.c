@@ -420,6 +420,8 @@ static void section_dma(void)
 	need(!map_at(FIXED | WRITEABLE | READABLE, memory, page_size, BUS), "IOAS_MAP");
 	say_dma(dev, "not attached", BUS, memory);
 	need(!attach_to(dev, 12, 0, map_id, NULL), "ATTACH");
+	say_dma(dev, "no bus master", BUS, memory);
+	enable_dma(dev);
 	say_dma(dev, "where nothing is mapped", BUS - page_size, memory);
 	say_dma(dev, "over the end of the mapping", BUS + page_size - 32, memory);
 	say_dma(dev, "mapped", BUS, memory);
@@ -431,6 +433,26 @@ static void section_dma(void)
 	need(!map_at(FIXED | READABLE, memory, page_size, BUS), "IOAS_MAP");
 	say_dma(dev, "mapped for reading only", BUS, memory);
 	close(map_fd);
+	close(dev);
+}
+
+static void section_command(void)
+{
+	int dev = open_bound(0);
+	uint64_t bar0 = bar0_offset(dev), at = region_offset(dev, 7) + 4;
+	uint16_t command = 0xAAAA, off = 0, on = 2;
+	uint32_t value = 0;
+
+	need(pread(dev, &command, 2, at) == 2, "the command register");
+	say("opened: %#x", command);
+	say("read = %s", outcome(pread(dev, &value, 4, bar0 + 0x20)));
+	need(pwrite(dev, &off, 2, at) == 2, "the command register");
+	say("not decoded: read = %s", outcome(pread(dev, &value, 4, bar0 + 0x20)));
+	say("not decoded: write = %s", outcome(pwrite(dev, &value, 4, bar0)));
+	say("RESET = %s", outcome(ioctl(dev, DEVICE_RESET)));
+	say("not decoded: read = %s", outcome(pread(dev, &value, 4, bar0 + 0x20)));
+	need(pwrite(dev, &on, 2, at) == 2, "the command register");
+	say("decoded: read = %s", outcome(pread(dev, &value, 4, bar0 + 0x20)));
 	close(dev);
 }
 
@@ -594,6 +616,7 @@ static const struct section sections[] = {
 	{ "IOAS_UNMAP", section_ioas_unmap },
 	{ "ATTACH and DETACH", section_attach },
 	{ "DMA", section_dma },
+	{ "the command register", section_command },
 	{ "GET_INFO", section_info },
 	{ "GET_REGION_INFO", section_region_info },
 	{ "regions: sizes and edges", section_region_access },

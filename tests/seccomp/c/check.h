@@ -224,14 +224,30 @@ HELPER long feature(int dev, uint32_t flags, uint32_t argsz)
 	return ioctl(dev, DEVICE_FEATURE, &argument);
 }
 
-HELPER uint64_t bar0_offset(int dev)
+HELPER uint64_t region_offset(int dev, uint32_t index)
 {
 	struct { uint32_t argsz, flags, index, cap_offset; uint64_t size, offset; } info = {
-		.argsz = sizeof(info), .index = 0,
+		.argsz = sizeof(info), .index = index,
 	};
 
 	need(ioctl(dev, DEVICE_GET_REGION_INFO, &info) == 0, "GET_REGION_INFO");
 	return info.offset;
+}
+
+HELPER uint64_t bar0_offset(int dev)
+{
+	return region_offset(dev, 0);
+}
+
+/* Let a device do DMA: without the bus master bit of its command register it cannot. */
+HELPER void enable_dma(int dev)
+{
+	uint64_t at = region_offset(dev, 7) + 4;
+	uint16_t command;
+
+	need(pread(dev, &command, 2, at) == 2, "the command register");
+	command |= 4;
+	need(pwrite(dev, &command, 2, at) == 2, "the command register");
 }
 
 /* ---- What tests/devices/commanded.py does when told so through BAR0. ---- */

@@ -22,6 +22,7 @@ static int open_attached(void)
 	void *memory = mmap(NULL, map.length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	need(!bind_to(dev, iommufd), "BIND_IOMMUFD");
+	enable_dma(dev);
 	need(!ioctl(iommufd, IOMMU_IOAS_ALLOC, alloc), "IOAS_ALLOC");
 	map.ioas_id = attach.pt_id = alloc[2];
 	map.user_va = (uintptr_t)memory;

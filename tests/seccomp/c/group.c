@@ -307,6 +307,7 @@ static void section_who_keeps_what(void)
 	int dev = device_fd(group, NAME_0);
 	char *memory = anonymous(PAGE);
 
+	enable_dma(dev);
 	need(!map_dma(container, MAP_READ | MAP_WRITE, memory, BUS, PAGE), "MAP_DMA");
 	close(container);
 	say("DMA when the container was closed = %s", failed(dma(dev, 0x18, BUS)));
@@ -328,6 +329,7 @@ static void section_who_keeps_what(void)
 	    outcome(map_dma(container, MAP_READ, memory, BUS, PAGE)));
 	group = open_in(container, 0, TYPE1v2);
 	dev = device_fd(group, NAME_0);
+	enable_dma(dev);
 	say("DMA when it came back = %s", failed(dma(dev, 0x18, BUS)));
 	say("MAP_DMA = %s", outcome(map_dma(container, MAP_READ | MAP_WRITE, memory, BUS, PAGE)));
 	say("DMA = %s", failed(dma(dev, 0x18, BUS)));
@@ -348,6 +350,7 @@ static void section_two_groups(void)
 	close(group);
 	group = open_in(container, 0, 0);
 	dev = device_fd(group, NAME_0);
+	enable_dma(dev);
 	say("DMA of one that left and came back = %s", failed(dma(dev, 0x18, BUS)));
 	say("it is there: %s", written(memory));
 	close(dev);

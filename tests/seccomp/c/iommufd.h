@@ -43,6 +43,7 @@ HELPER void begin(void)
 	iommufd = bind.iommufd = open_iommu();
 	need(!ioctl(dev, DEVICE_BIND_IOMMUFD, &bind), "BIND_IOMMUFD");
 	devid = bind.out_devid;
+	enable_dma(dev);
 	ioas = new_ioas();
 }
 

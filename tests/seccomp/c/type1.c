@@ -31,6 +31,7 @@ static void begin(unsigned long type)
 	group = open_in(container, 0, type);
 	dev = device_fd(group, NAME_0);
 	need(dev >= 0, "GET_DEVICE_FD");
+	enable_dma(dev);
 	memory = anonymous(PAGES * PAGE);
 }
 
