@@ -37,7 +37,7 @@ demo-qemu: platform .venv/.installed-run fetched ## the same with a guest and it
 test: platform compiler .venv/.installed-test ## run the tests that need nothing but this machine
 	@$(PYTEST) $(FAST)
 
-test-qemu: platform guests ## run the tests with guests under QEMU, which is fetched
+test-qemu: platform compiler guests ## run the tests with guests under QEMU, which is fetched
 	@$(PYTEST) tests/qemu
 
 # One run of pytest, so that its summary is about everything.

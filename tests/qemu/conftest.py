@@ -36,7 +36,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> GuestParts:
     files = fetch_guest_files(cache)
     initrd = tmp_path_factory.mktemp("guest") / "initrd"
     initrd.write_bytes(build_initrd(files))
-    return GuestParts(choose_qemu(None, cache), files.kernel, initrd)
+    return GuestParts(choose_qemu(None, cache), files.kernel, initrd, files)
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
