@@ -35,14 +35,22 @@ NO_POLL = (
 
 
 class Way(NamedTuple):
-    """A program and how it is served; ``without`` names sections that ask for something else."""
+    """A program and how it is served; ``without`` names sections that ask for something else.
+
+    ``front`` are words in front of the program's own.
+    """
 
     name: str
     program: str
     devices: tuple[str, ...]
     options: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    front: tuple[str, ...] = ()
 
+
+#: Devices come out of their groups instead of being bound.
+BY_GROUP = ("env", "BY_GROUP=1")
+LAST_CLOSES = ("last close", "last close, again and again")
 
 WAYS = (
     Way("binding", "binding", FEW),
@@ -59,15 +67,20 @@ WAYS = (
     Way("iommufd limits", "iommufd_limits", FEW),
     Way("landed", "landed", ALL),
     Way("landed, fast", "landed", ALL, ("--filter", "fast")),
+    Way("landed, by group", "landed", ALL, (), LAST_CLOSES, BY_GROUP),
     Way("precopy", "precopy", ALL),
     Way("precopy, fast", "precopy", ALL, ("--filter", "fast")),
     Way("sessions", "sessions", ALL),
     # A copy at a low number is not followed there.
     Way("sessions, fast", "sessions", ALL, ("--filter", "fast"), ("copies",)),
+    Way("precopy, by group", "precopy", ALL, (), (), BY_GROUP),
+    Way("sessions, by group", "sessions", ALL, (), (), BY_GROUP),
     Way("precopy, no poll", "precopy", NO_POLL),
     Way("sessions, no poll", "sessions", NO_POLL, (), ("poll",)),
     Way("v6", "v6", ALL, ("--dialect", "v6")),
     Way("v6, fast", "v6", ALL, ("--dialect", "v6", "--filter", "fast")),
+    # A group is opened once at a time; a node, in V6, any number of times.
+    Way("v6, by group", "v6", ALL, ("--dialect", "v6"), ("opening",), BY_GROUP),
 )
 
 
@@ -99,7 +112,7 @@ class Outputs(dict[Way, dict[str, list[str]]]):
         self._programs = programs
 
     def __missing__(self, way: Way) -> dict[str, list[str]]:
-        program = [self._programs[way.program], *way.without]
+        program = [*way.front, self._programs[way.program], *way.without]
         self[way] = sections(run_with(way.devices, *way.options, program=program))
         return self[way]
 

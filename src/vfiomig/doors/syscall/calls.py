@@ -29,6 +29,7 @@ from vfiomig.doors.syscall.opened import (
     DataOpen,
     DeviceOpen,
     GroupOpen,
+    Held,
     IommufdOpen,
     Opened,
 )
@@ -116,17 +117,16 @@ class Calls:
         caller = SyscallCaller(call, door, turn.pass_on)
         if turn.line is not None:
             door.trace_request(turn, opened, caller)
-        if type(opened) is IommufdOpen or type(opened) is ContainerOpen:
-            return opened.context.ioctl(number, call.args[2], caller)
-        if number == termios.FIONREAD:
+        if number == termios.FIONREAD and type(opened) is not ContainerOpen:
             raise OSError(errno.ENOTTY, "no request of a file of ours")
-        if isinstance(opened, DeviceOpen | GroupOpen):
+        if isinstance(opened, Held):
             opened.enter()
             try:
-                target = opened.group if isinstance(opened, GroupOpen) else opened.file
-                return target.ioctl(number, call.args[2], caller)
+                return opened.ioctl(number, call.args[2], caller)
             finally:
                 opened.leave()
+        if type(opened) is IommufdOpen or type(opened) is ContainerOpen:
+            return opened.context.ioctl(number, call.args[2], caller)
         assert isinstance(opened, DataOpen)
         return opened.device.data_ioctl(opened.migf, number, call.args[2], caller)
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vfiomig.core.caller import Caller
     from vfiomig.core.container import Container
     from vfiomig.core.group import Group
     from vfiomig.core.iommufd import Iommufd
@@ -38,6 +39,7 @@ __all__ = (
     "DataOpen",
     "DeviceOpen",
     "GroupOpen",
+    "Held",
     "IommufdOpen",
     "Opened",
     "Table",
@@ -57,6 +59,9 @@ class Held:
     calls: list[None] = field(default_factory=list, init=False)
     closed: bool = field(default=False, init=False)
     _left: threading.Event = field(default_factory=threading.Event, init=False)
+
+    def ioctl(self, number: int, arg: int, caller: Caller) -> int:
+        raise NotImplementedError
 
     def release(self) -> None:
         """Give up what the open held."""
@@ -101,6 +106,9 @@ class DeviceOpen(Held):
         self.label = device.name
         self.hooked = any(r._reader or r._writer for r in device.device.regions.values())
 
+    def ioctl(self, number: int, arg: int, caller: Caller) -> int:
+        return self.file.ioctl(number, arg, caller)
+
     def release(self) -> None:
         self.file.release()
 
@@ -115,6 +123,9 @@ class GroupOpen(Held):
 
     def __post_init__(self) -> None:
         self.label = f"group{self.number}"
+
+    def ioctl(self, number: int, arg: int, caller: Caller) -> int:
+        return self.group.ioctl(number, arg, caller)
 
     def release(self) -> None:
         self.group.leave()
