@@ -59,11 +59,15 @@ def test_v6_has_no_data_size_and_says_why(capsys: pytest.CaptureFixture[str]) ->
     assert "data size   not told: pattern: the query of its data size" in shown
 
 
-def test_a_device_that_cannot_migrate_has_no_state(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_device_that_cannot_migrate_has_no_state_and_says_why(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     found = as_json(capsys, "model:pattern,size=4K,caps=none")
     assert (found["capabilities"], found["state"], found["data_size"]) == ("none", None, None)
     assert found["unknown"] == {}
+    assert "whoever serves it" in found["no_migration"]
     shown = info(capsys, "model:pattern,size=4K,caps=none")
+    assert f"none: {found['no_migration']}" in " ".join(shown.split())
     rows = [line.split()[0] for line in shown.splitlines() if line.split()]
     assert "migration" in rows
     assert "state" not in rows

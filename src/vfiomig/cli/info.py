@@ -95,7 +95,8 @@ def _facts(target: str, found: Description) -> Iterable[tuple[str, str]]:
     yield "identity", known("identity", identity)
     if found.identity and found.identity.capabilities:
         yield "PCI capabilities", ", ".join(found.identity.capabilities)
-    yield "migration", known("capabilities", found.capabilities)
+    why = "" if found.no_migration is None else f": {found.no_migration}"
+    yield "migration", known("capabilities", found.capabilities) + why
     if found.capabilities != "none":
         yield "state", known("state", found.state)
         size = None if found.data_size is None else bytes_text(found.data_size)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from vfiomig.abi import pci, vfio
 from vfiomig.abi.ioctls import FEATURES
+from vfiomig.client.diagnosis import why_no_migration
 from vfiomig.errors import RequestError
 from vfiomig.fsm import LEGAL_SETS, capability_name
 
@@ -92,6 +93,8 @@ class Description:
     dialect: str
     identity: Identity | None = None
     capabilities: str | None = None
+    #: Which layer keeps it from migrating, where it has no capability to.
+    no_migration: str | None = None
     state: str | None = None
     data_size: int | None = None
     #: The features that it answers a PROBE of, by the kernel's names.
@@ -115,7 +118,9 @@ def describe(client: DeviceClient) -> Description:
 
     found.identity = ask("identity", lambda: _identity(client))
     found.capabilities = ask("capabilities", lambda: _capabilities(client))
-    if found.capabilities != "none":
+    if found.capabilities == "none":
+        found.no_migration = why_no_migration(client.about)
+    else:
         found.state = ask("state", lambda: client.state.name)
         found.data_size = ask("data size", client.data_size)
     found.features = [row.name for row in FEATURES if client.has_feature(row.index)]
