@@ -10,7 +10,7 @@
 .DELETE_ON_ERROR:
 # Two verbs side by side would run two pips in one .venv.
 .NOTPARALLEL:
-.PHONY: help setup setup-dev demo demo-qemu test test-qemu test-all check bench dist lock clean
+.PHONY: help setup setup-dev demo demo-qemu test test-qemu test-all check bench docs dist lock clean
 .PHONY: distclean platform compiler guests fetched
 
 PYTHON ?= python3
@@ -43,6 +43,9 @@ test-qemu: platform compiler guests ## run the tests with guests under QEMU, whi
 # One run of pytest, so that its summary is about everything.
 test-all: platform compiler guests ## run every test that this machine can run
 	@$(PYTEST) $(FAST) tests/qemu
+
+docs: .venv/.installed-run ## write the pages that are made from tables
+	@$(RUN) -m vfiomig.checks.page docs/checks.md
 
 check: .venv/.installed-dev ## lint, formatting and types
 	@$(RUN) -m ruff check .

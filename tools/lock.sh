@@ -16,8 +16,8 @@ compile() {
     echo "requirements/$name.txt"
 }
 
-compile dev --extra cli --group test --group dev "$@"
-compile test --extra cli --group test --constraint requirements/dev.txt "$@"
-compile run --extra cli --constraint requirements/dev.txt "$@"
+compile dev --extra cli --extra report --group test --group dev "$@"
+compile test --extra cli --extra report --group test --constraint requirements/dev.txt "$@"
+compile run --extra cli --extra report --constraint requirements/dev.txt "$@"
 compile build --group build --constraint requirements/dev.txt "$@"
 compile lock --group lock "$@"

@@ -20,10 +20,10 @@ Pins: TypeAlias = dict[str, str]
 #: What each lock is made from, as in tools/lock.sh.
 SOURCES = {
     "build": ["build"],
-    "dev": ["cli", "test", "dev"],
+    "dev": ["cli", "report", "test", "dev"],
     "lock": ["lock"],
-    "run": ["cli"],
-    "test": ["cli", "test"],
+    "run": ["cli", "report"],
+    "test": ["cli", "report", "test"],
 }
 
 

@@ -37,6 +37,7 @@ def test_the_wheel_has_every_module_the_licence_and_the_command(wheel: Path) -> 
     assert modules <= inside
     assert any(name.endswith("licenses/LICENSE") for name in inside)
     assert "vfiomig = vfiomig.__main__:main" in commands
+    assert "[pytest11]\nvfiomig = vfiomig_pytest" in commands
 
 
 def test_the_core_runs_from_the_wheel_on_a_bare_python(wheel: Path, tmp_path: Path) -> None:

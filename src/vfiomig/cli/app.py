@@ -70,6 +70,17 @@ VERBS: Final = (
         ),
     ),
     Verb(
+        "check",
+        "vfiomig.cli.check:check",
+        "Check whether a device keeps the protocol.",
+        (
+            "vfiomig check /dev/vfio/devices/vfio0",
+            "vfiomig check model:pattern,size=1M --html report.html",
+            "vfiomig check model:counter --only sessions --only 'resuming.cut*' --json",
+            "vfiomig check --explain states.stop-copy-to-pre-copy",
+        ),
+    ),
+    Verb(
         "run",
         "vfiomig.cli.run:run",
         "Run a program with VFIO devices written in Python.",

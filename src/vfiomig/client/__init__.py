@@ -11,13 +11,22 @@ from __future__ import annotations
 
 from vfiomig.client.dma import dirty_ranges
 from vfiomig.client.face import DeviceClient
-from vfiomig.client.opening import open_device, open_target
+from vfiomig.client.opening import (
+    Maker,
+    device_maker,
+    open_device,
+    open_target,
+    target_maker,
+)
 from vfiomig.client.session import Session
 
 __all__ = (
     "DeviceClient",
+    "Maker",
     "Session",
+    "device_maker",
     "dirty_ranges",
     "open_device",
     "open_target",
+    "target_maker",
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.client import diagnosis, nodes, vfio_user
@@ -17,11 +18,12 @@ from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.errors import SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vfiomig.device import Device
 
-__all__ = ("open_device", "open_target")
+__all__ = ("Maker", "device_maker", "open_device", "open_target", "target_maker")
+
+#: Opens one device, each time anew.
+Maker: TypeAlias = Callable[[], DeviceClient]
 
 
 def open_target(
@@ -56,12 +58,36 @@ def open_target(
         known = ", ".join(form.name for form in FORMS)
         raise SpecError(f"unknown target {target!r}: use one of {known}")
     if form.open is None:
-        return _open_model(match["spec"], dialect)
+        return _model_maker(match["spec"], dialect)()
     if dialect is not None:
         raise SpecError(
             f"the dialect of {target} is its own: leave the dialect out; it is found out"
         )
     return form.open(match, Options(Sysfs(sysfs), timeout))
+
+
+def target_maker(target: str, dialect: Dialect | str | None = None) -> Maker:
+    """Return what opens a TARGET, each time anew; a model is the same device every time.
+
+    Raises:
+        SpecError: a model's SPEC means nothing; others are looked at when they are opened.
+    """
+    target = os.fspath(target)
+    if (match := FORMS[0].pattern.fullmatch(target)) is None:
+        return lambda: open_target(target, dialect)
+    return _model_maker(match["spec"], dialect)
+
+
+def device_maker(
+    device: Device, dialect: Dialect | str | None = None, name: str | None = None
+) -> Maker:
+    """Serve ``device`` in this process; return what opens it, each time anew.
+
+    The maker raises ``TargetError`` when the device refuses to start.
+    """
+    name = name or type(device).__name__
+    served = VfioDevice(device, name, _dialect(dialect))
+    return lambda: _open_served(served, name)
 
 
 def open_device(
@@ -72,8 +98,10 @@ def open_device(
     Raises:
         TargetError: the device refuses to start.
     """
-    name = name or type(device).__name__
-    served = VfioDevice(device, name, _dialect(dialect))
+    return device_maker(device, dialect, name)()
+
+
+def _open_served(served: VfioDevice, name: str) -> DeviceClient:
     try:
         transport = LocalTransport(served)
     except OSError as refusal:
@@ -82,10 +110,10 @@ def open_device(
     return connect(transport, name)
 
 
-def _open_model(spec: str, dialect: Dialect | str | None) -> DeviceClient:
+def _model_maker(spec: str, dialect: Dialect | str | None) -> Maker:
     from vfiomig.models import make
 
-    return open_device(make(spec), dialect=dialect, name=spec.partition(",")[0])
+    return device_maker(make(spec), dialect=dialect, name=spec.partition(",")[0])
 
 
 def _dialect(name: Dialect | str | None) -> Dialect:

@@ -1,0 +1,62 @@
+"""Requests that a driver may not survive, and on which targets they are safe all the same.
+
+A check that sends one runs where it is known to be safe, or when its user says so. A device of
+this process, or behind a socket, can only hang or end with its own program; a driver can take
+the machine along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vfiomig.checks.facts import Facts
+
+__all__ = ("BLOCKED_PAIR", "CLOSE_IN_RESUMING", "DANGERS", "STALE_WRITE", "Danger")
+
+MTTY: Final = (0x4348, 0x3253)
+VIRTIO_VENDOR: Final = 0x1AF4
+#: The release that lets go of the blocked pairs, by series.
+FIXED: Final[dict[tuple[int, ...], tuple[int, ...]]] = {(6, 12): (6, 12, 117)}
+#: Every series from here on does.
+FIXED_SINCE: Final = (7, 3)
+#: Before this release there is no PRE_COPY.
+FIRST_WITH_PRE_COPY: Final = (6, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Danger:
+    """What can happen, the rule that tells of it, and whether it can happen here."""
+
+    what: str
+    rule: str
+    threatens: Callable[[Facts], bool]
+
+
+def _lets_go_of_blocked_pairs(release: tuple[int, ...]) -> bool:
+    if release < FIRST_WITH_PRE_COPY or release >= FIXED_SINCE:
+        return True
+    return release[:2] in FIXED and release >= FIXED[release[:2]]
+
+
+BLOCKED_PAIR: Final = Danger(
+    "kernels from 6.2 to the middle of 2026 loop for ever on this request, unkillable",
+    "FAULT-1",
+    lambda facts: bool(facts.kernel) and not _lets_go_of_blocked_pairs(facts.kernel),
+)
+CLOSE_IN_RESUMING: Final = Danger(
+    "the kernel's mtty keeps RESUMING over the close, and crashes when it is left",
+    "FAULT-29",
+    lambda facts: bool(facts.kernel) and facts.identity in {MTTY, None},
+)
+STALE_WRITE: Final = Danger(
+    "the kernel's virtio driver may crash on a write after RESUMING was left",
+    "FAULT-19",
+    lambda facts: (
+        bool(facts.kernel) and (facts.identity is None or facts.identity[0] == VIRTIO_VENDOR)
+    ),
+)
+DANGERS: Final = (BLOCKED_PAIR, CLOSE_IN_RESUMING, STALE_WRITE)

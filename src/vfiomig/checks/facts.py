@@ -1,0 +1,148 @@
+"""What a checker knows of its target before it begins: one look, and nothing is changed.
+
+A transport cannot show everything: a data_fd of a device in this process is a number of the
+client's own, which has no flags and cannot be polled, and the memory of a request that is turned
+into a message cannot fault. Nothing is concluded from what cannot be seen.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+import resource
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vfiomig.abi import vfio
+from vfiomig.abi.ioctls import FEATURES, Dialect
+from vfiomig.client.kernel import KernelTransport
+from vfiomig.client.local import LocalTransport
+from vfiomig.client.numbers import Numbers
+from vfiomig.errors import RequestError
+from vfiomig.fsm import LEGAL_SETS, Capability
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vfiomig.client import DeviceClient
+    from vfiomig.client.transport import Transport
+
+__all__ = ("Facts", "Shows", "look", "no_descriptor_left", "shown_by")
+
+CONFIG = vfio.VFIO_PCI_CONFIG_REGION_INDEX
+
+
+class Shows(enum.Flag):
+    """What can be seen through a transport."""
+
+    #: A data_fd is a descriptor of the system: it has flags, and can be polled and duplicated.
+    DESCRIPTORS = enum.auto()
+    #: The memory of a request can be missing.
+    FAULTS = enum.auto()
+    #: There can be no descriptor left.
+    EXHAUSTION = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One target."""
+
+    name: str
+    by: str
+    dialect: Dialect
+    #: What VFIO_DEVICE_FEATURE_MIGRATION answers, as it stands.
+    flags: int
+    #: The same if it is one of the sets that mean something, else none.
+    capabilities: Capability
+    #: Indices of the features that it answers a PROBE of.
+    features: frozenset[int]
+    shows: Shows
+    #: Release of the kernel that the requests go to; empty if they go to none.
+    kernel: tuple[int, ...]
+    #: PCI vendor and device; ``None`` if it does not show them.
+    identity: tuple[int, int] | None
+
+    @property
+    def is_server(self) -> bool:
+        """Whether requests go to a program as messages, and neither to a kernel nor to a call."""
+        return Shows.FAULTS not in self.shows
+
+
+def look(client: DeviceClient) -> Facts:
+    """Ask an open device for the facts.
+
+    Raises:
+        RequestError: it does not tell its capabilities.
+    """
+    transport = client._transport
+    flags = int(client.capabilities)
+    capabilities = Capability(flags) if flags in LEGAL_SETS else Capability(0)
+    kernel = _release(os.uname().release) if isinstance(transport, KernelTransport) else ()
+    features = frozenset(row.index for row in FEATURES if client.has_feature(row.index))
+    return Facts(
+        client.name,
+        str(client.about.get("by", "")),
+        client.dialect,
+        flags,
+        capabilities,
+        features,
+        shown_by(transport),
+        kernel,
+        _identity(client),
+    )
+
+
+def shown_by(transport: Transport) -> Shows:
+    """Tell what can be seen through a transport."""
+    if isinstance(transport, KernelTransport):
+        return Shows.DESCRIPTORS | Shows.FAULTS | Shows.EXHAUSTION
+    if isinstance(transport, LocalTransport):
+        return Shows.FAULTS | Shows.EXHAUSTION
+    return Shows(0) if _numbers(transport) is None else Shows.EXHAUSTION
+
+
+@contextmanager
+def no_descriptor_left(transport: Transport) -> Iterator[None]:
+    """Let every new descriptor fail with EMFILE.
+
+    Raises:
+        OSError, ValueError: this process may not set its limit.
+    """
+    if isinstance(transport, KernelTransport):
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    else:
+        numbers = _numbers(transport)
+        assert numbers is not None, "the transport has no numbers of its own"
+        before, numbers.nofile = numbers.nofile, 0
+        try:
+            yield
+        finally:
+            numbers.nofile = before
+
+
+def _numbers(transport: Transport) -> Numbers[object] | None:
+    """The table of a transport whose descriptors are numbers of its own."""
+    numbers = getattr(transport, "numbers", None)
+    return numbers if isinstance(numbers, Numbers) else None
+
+
+def _release(text: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(\.\d+)*", text)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def _identity(client: DeviceClient) -> tuple[int, int] | None:
+    try:
+        header = client.read_region(CONFIG, 0, 4)
+    except RequestError:
+        return None
+    if len(header) < 4:
+        return None
+    return int.from_bytes(header[:2], "little"), int.from_bytes(header[2:], "little")

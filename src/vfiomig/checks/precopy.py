@@ -1,0 +1,339 @@
+"""The stream of PRE_COPY, its temporary end, and what VFIO_MIG_GET_PRECOPY_INFO tells of it."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from vfiomig.abi import vfio
+from vfiomig.checks.check import LANDED, Chapter
+from vfiomig.checks.evidence import Inapplicable, Unrun, errno_text
+from vfiomig.checks.facts import Shows
+from vfiomig.checks.pages import Pages
+from vfiomig.checks.raw import SET
+from vfiomig.fsm import Capability, State
+
+if TYPE_CHECKING:
+    from vfiomig.checks.raw import InfoReply
+    from vfiomig.checks.stream import Stream
+    from vfiomig.checks.subject import Subject
+
+__all__ = ("CHAPTER",)
+
+CHAPTER = Chapter(
+    "precopy",
+    "What is delivered while the device runs, its temporary end, and VFIO_MIG_GET_PRECOPY_INFO.",
+    {
+        "section": "VFIO_MIG_GET_PRECOPY_INFO",
+        "needs": Capability.PRE_COPY,
+        "dialects": LANDED,
+    },
+)
+
+V2 = vfio.VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2
+NUMBER = vfio.VFIO_MIG_GET_PRECOPY_INFO
+OPT_IN = "VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2"
+#: How drivers tell a temporary end other than by ENOMSG.
+END_HABITS = {0: "FAULT-8"}
+
+
+def info(subject: Subject, data_fd: int, flags: int = 0, argsz: int = 24) -> InfoReply:
+    step = subject.evidence.step(f"PRECOPY_INFO, argsz {argsz}, flags {flags:#x}")
+    reply = subject.raw.info(data_fd, flags, argsz)
+    told = f"{reply.initial_bytes} initial, {reply.dirty_bytes} dirty"
+    subject.evidence.outcome(step, errno_text(reply.errno) if reply.errno else told)
+    return reply
+
+
+def good_info(subject: Subject, data_fd: int) -> InfoReply:
+    reply = info(subject, data_fd)
+    subject.evidence.expect_errno("PRECOPY_INFO", reply.errno, 0)
+    return reply
+
+
+# The stream.
+
+
+@CHAPTER.check("SAVE-2", "CHOICE-8")
+def the_temporary_end_is_enomsg(subject: Subject) -> None:
+    """When there is nothing more to read for now, a read is ENOMSG; some drivers return 0."""
+    data_fd = subject.session(State.PRE_COPY)
+    last = subject.precopy_end(data_fd, subject.new_stream())
+    subject.evidence.expect_errno("the temporary end", -last, errno.ENOMSG, known=END_HABITS)
+
+
+@CHAPTER.check("SAVE-2", "SAVE-4")
+def a_temporary_end_is_no_end(subject: Subject) -> None:
+    """Behind the temporary end STOP_COPY delivers the rest, on the same data_fd, and then 0."""
+    data_fd = subject.session(State.PRE_COPY)
+    subject.precopy_end(data_fd, subject.new_stream())
+    subject.go(State.STOP_COPY)
+    rest = subject.new_stream()
+    last = subject.read_on(data_fd, rest)
+    subject.evidence.expect_errno("the end in STOP_COPY", -last, 0)
+    subject.evidence.prefer(
+        "what STOP_COPY added", rest.size, "bytes", f"{rest.size} bytes", "SAVE-4"
+    )
+
+
+@CHAPTER.check("SAVE-4", "LOAD-1")
+def what_both_parts_delivered_can_be_loaded(subject: Subject) -> None:
+    """The bytes of PRE_COPY and STOP_COPY together are a state that the device takes."""
+    data_fd = subject.session(State.PRE_COPY)
+    stream = subject.new_stream()
+    subject.precopy_end(data_fd, stream)
+    _load_rest(subject, data_fd, stream)
+
+
+@CHAPTER.check("SAVE-4", "PRECOPY-5")
+def what_was_not_read_early_comes_later(subject: Subject) -> None:
+    """STOP_COPY may come before anything was read: the stream is whole all the same."""
+    data_fd = subject.session(State.PRE_COPY)
+    _load_rest(subject, data_fd, subject.new_stream())
+
+
+@CHAPTER.check("SAVE-4", "SESSION-2")
+def a_stream_left_in_the_middle_goes_on(subject: Subject) -> None:
+    """A few bytes read in PRE_COPY, the rest in STOP_COPY: nothing is lost or told twice."""
+    data_fd = subject.session(State.PRE_COPY)
+    stream = subject.new_stream()
+    subject.evidence.step("read 3")
+    if stream.take(lambda room: subject.raw.read(data_fd, room[:3])) <= 0:
+        raise Inapplicable("the device offers nothing in PRE_COPY")
+    _load_rest(subject, data_fd, stream)
+
+
+def _load_rest(subject: Subject, data_fd: int, stream: Stream) -> None:
+    """Read the rest in STOP_COPY, and load the whole into the device after a reset."""
+    subject.go(State.STOP_COPY)
+    last = subject.read_on(data_fd, stream)
+    subject.evidence.expect_errno("the end in STOP_COPY", -last, 0)
+    subject.reset()
+    loading = subject.session(State.RESUMING)
+    subject.evidence.expect_errno("the writes", subject.write_all(loading, stream.view()), 0)
+    subject.evidence.expect_errno("RESUMING -> STOP", subject.request(State.STOP).errno, 0)
+
+
+@CHAPTER.check("ARC-13", "ARC-14", "SESSION-2", needs=Capability.PRE_COPY | Capability.P2P)
+def p2p_and_back_keep_the_session(subject: Subject) -> None:
+    """PRE_COPY_P2P and back: the data_fd lives, and the stream is whole in the end."""
+    data_fd = subject.session(State.PRE_COPY)
+    stream = subject.new_stream()
+    for target in (State.PRE_COPY_P2P, State.PRE_COPY):
+        reply = subject.request(target)
+        subject.evidence.expect_errno(target.name, reply.errno, 0)
+        subject.evidence.expect("data_fd", reply.data_fd, -1)
+        stream.take(lambda room: subject.raw.read(data_fd, room[:2]))
+    _load_rest(subject, data_fd, stream)
+
+
+@CHAPTER.check("ARC-10", "SESSION-4", "USER-8")
+def cancelling_ends_the_session(subject: Subject) -> None:
+    """PRE_COPY -> RUNNING ends the session: reads are ENODEV, and the device runs."""
+    data_fd = subject.session(State.PRE_COPY)
+    subject.read(data_fd, 1)
+    subject.go(State.RUNNING)
+    result, _ = subject.read(data_fd, 16)
+    subject.evidence.expect_errno("a read afterwards", max(0, -result), errno.ENODEV)
+    subject.expect_state(State.RUNNING)
+
+
+@CHAPTER.check("ARC-9", "SESSION-1", "USER-8")
+def after_cancelling_it_begins_anew(subject: Subject) -> None:
+    """A pre-copy after one that was given up delivers a whole state."""
+    first = subject.session(State.PRE_COPY)
+    subject.precopy_end(first, subject.new_stream())
+    subject.go(State.RUNNING)
+    _load_rest(subject, subject.session(State.PRE_COPY), subject.new_stream())
+
+
+# The numbers.
+
+
+@CHAPTER.check("PRECOPY-1", "PRECOPY-2")
+def it_begins_with_initial_bytes(subject: Subject) -> None:
+    """At the start of PRE_COPY initial_bytes is not 0, and dirty_bytes is."""
+    data_fd = subject.session(State.PRE_COPY)
+    reply = good_info(subject, data_fd)
+    initial, dirty = reply.initial_bytes, reply.dirty_bytes
+    subject.evidence.prefer("initial_bytes", initial, "more than 0", str(initial), "PRECOPY-1")
+    subject.evidence.prefer("dirty_bytes", not dirty, "0", str(dirty), "PRECOPY-2")
+
+
+@CHAPTER.check("PRECOPY-6", "PRECOPY-1")
+def initial_bytes_only_fall(subject: Subject) -> None:
+    """Without the opt-in to REINIT initial_bytes never rises, however much is read."""
+    subject.target.reopen()  # an earlier opt-in holds until the last close
+    data_fd = subject.session(State.PRE_COPY)
+    told = [good_info(subject, data_fd).initial_bytes]
+    for size in (1, 64, 4096, *(1 << 20,) * 8):
+        result, _ = subject.read(data_fd, size)
+        told.append(good_info(subject, data_fd).initial_bytes)
+        rise = f"from {told[-2]} to {told[-1]}"
+        subject.evidence.expect_that("initial_bytes", told[-1] <= told[-2], "no rise", rise)
+        if result <= 0:
+            break
+
+
+@CHAPTER.check("PRECOPY-1")
+def initial_bytes_fall_as_they_are_read(subject: Subject) -> None:
+    """When data was read to the temporary end initial_bytes is less than at the start, or 0."""
+    data_fd = subject.session(State.PRE_COPY)
+    first = good_info(subject, data_fd).initial_bytes
+    subject.precopy_end(data_fd, subject.new_stream())
+    last = good_info(subject, data_fd).initial_bytes
+    fell = f"{first}, then {last}"
+    subject.evidence.prefer("initial_bytes", last < first or not last, "less", fell, "PRECOPY-1")
+
+
+@CHAPTER.check("PRECOPY-4", "SAVE-2")
+def both_numbers_zero_is_the_temporary_end(subject: Subject) -> None:
+    """When both numbers are 0 there is nothing to read."""
+    data_fd = subject.session(State.PRE_COPY)
+    for _ in range(64):
+        subject.precopy_end(data_fd, subject.new_stream())
+        reply = good_info(subject, data_fd)
+        if not reply.initial_bytes and not reply.dirty_bytes:
+            break
+    else:
+        raise Inapplicable("there is always more to read")
+    count, _ = subject.read(data_fd, 16)
+    saw = errno_text(-count) if count <= 0 else f"{count} bytes"
+    subject.evidence.prefer("the read", count <= 0, "ENOMSG", saw, "PRECOPY-3: an estimate")
+
+
+# The request.
+
+
+@CHAPTER.check("INFO-3")
+def argsz_holds_the_numbers(subject: Subject) -> None:
+    """An argsz below 24 is EINVAL, and a larger one is accepted."""
+    data_fd = subject.session(State.PRE_COPY)
+    for argsz, wanted in ((0, errno.EINVAL), (23, errno.EINVAL), (24, 0), (4096, 0)):
+        reply = info(subject, data_fd, argsz=argsz)
+        subject.evidence.expect_errno(f"argsz {argsz}", reply.errno, wanted)
+
+
+@CHAPTER.check("INFO-2", "INFO-8", shows=Shows.FAULTS)
+def an_argument_in_bad_memory_is_efault(subject: Subject) -> None:
+    """An argument that cannot be read, or not be written, is EFAULT."""
+    data_fd = subject.session(State.PRE_COPY)
+    with Pages("rw", "") as pages:
+        half = vfio.PrecopyInfo.from_address(pages.end(0, 8))
+        subject.evidence.step("PRECOPY_INFO with half an argument")
+        result = subject.raw.ioctl(data_fd, NUMBER, half)
+        subject.evidence.expect_errno("half an argument", result, errno.EFAULT)
+        address = pages.read_only(bytes(vfio.PrecopyInfo(argsz=24)))
+        subject.evidence.step("PRECOPY_INFO in read-only memory")
+        result = subject.raw.ioctl(data_fd, NUMBER, vfio.PrecopyInfo.from_address(address))
+        subject.evidence.expect_errno("read-only memory", result, errno.EFAULT)
+
+
+@CHAPTER.check("INFO-5")
+def outside_pre_copy_it_is_einval(subject: Subject) -> None:
+    """In STOP_COPY the request is EINVAL, although the session is the same."""
+    data_fd = subject.session(State.PRE_COPY)
+    subject.go(State.STOP_COPY)
+    subject.evidence.expect_errno("in STOP_COPY", info(subject, data_fd).errno, errno.EINVAL)
+    subject.go(State.STOP)
+    data_fd = subject.session(State.STOP_COPY)
+    subject.evidence.expect_errno("without PRE_COPY", info(subject, data_fd).errno, errno.EINVAL)
+
+
+@CHAPTER.check("INFO-9", "INFO-6")
+def the_state_comes_before_the_session(subject: Subject) -> None:
+    """An old data_fd is EINVAL while the device is elsewhere, and ENODEV in a later pre-copy."""
+    old = subject.session(State.PRE_COPY)
+    subject.go(State.RUNNING)
+    subject.evidence.expect_errno("in RUNNING", info(subject, old).errno, errno.EINVAL)
+    subject.session(State.PRE_COPY)
+    reply = info(subject, old)
+    subject.evidence.expect_errno("in a later PRE_COPY", reply.errno, errno.ENODEV)
+
+
+@CHAPTER.check("INFO-1", "DIALECT-2")
+def another_request_is_enotty(subject: Subject) -> None:
+    """A saving data_fd knows no other request; the device itself does not know this one."""
+    data_fd = subject.session(State.PRE_COPY)
+    argument = vfio.PrecopyInfo(argsz=24)
+    for what, on, number in (
+        ("RESET on a data_fd", data_fd, vfio.VFIO_DEVICE_RESET),
+        ("FEATURE on a data_fd", data_fd, vfio.VFIO_DEVICE_FEATURE),
+        ("PRECOPY_INFO on the device", subject.raw.transport.device, NUMBER),
+    ):
+        subject.evidence.step(what)
+        result = subject.raw.ioctl(on, number, argument)
+        subject.evidence.expect_errno(what, result, errno.ENOTTY)
+    subject.expect_state(State.PRE_COPY)
+
+
+@CHAPTER.check("INFO-10")
+def flags_are_an_echo(subject: Subject) -> None:
+    """Without the opt-in to REINIT flags come back as they were, and carry nothing."""
+    subject.target.reopen()  # an earlier opt-in holds until the last close
+    data_fd = subject.session(State.PRE_COPY)
+    for flags in (0, 1, 0x8000_0000):
+        reply = info(subject, data_fd, flags)
+        subject.evidence.expect_errno("PRECOPY_INFO", reply.errno, 0)
+        subject.evidence.expect(
+            "flags", reply.flags, flags, known={0: "INFO-10: the client ignores it"}, show=hex
+        )
+
+
+# The opt-in to REINIT.
+
+
+def opt_in(subject: Subject) -> None:
+    """Turn on version 2 of the answer, if the device's kernel knows it."""
+    if V2 not in subject.facts.features:
+        raise Inapplicable("the device's kernel does not know MIG_PRECOPY_INFOv2")
+    subject.evidence.step("SET of MIG_PRECOPY_INFOv2")
+    answer = subject.raw.feature(SET | V2)
+    if answer.errno:
+        raise Unrun(f"the opt-in is refused: {errno_text(answer.errno)}")
+
+
+@CHAPTER.check("PRECOPY-7", section=OPT_IN)
+def the_opt_in_may_be_repeated(subject: Subject) -> None:
+    """SET of MIG_PRECOPY_INFOv2 succeeds in any state, as often as one likes."""
+    opt_in(subject)
+    for state in (State.RUNNING, State.PRE_COPY, State.STOP_COPY, State.STOP):
+        subject.go(state)
+        step = subject.evidence.step("SET of MIG_PRECOPY_INFOv2")
+        result = subject.raw.feature(SET | V2).errno
+        subject.evidence.outcome(step, errno_text(result))
+        subject.evidence.expect_errno(f"the opt-in in {state.name}", result, 0)
+
+
+@CHAPTER.check("INFO-4", "PRECOPY-8", section=OPT_IN)
+def after_the_opt_in_flags_are_an_answer(subject: Subject) -> None:
+    """With the opt-in flags are 0 or REINIT, whatever was there before."""
+    opt_in(subject)
+    _expect_answered_flags(subject, subject.session(State.PRE_COPY))
+
+
+@CHAPTER.check("PRECOPY-7", section=OPT_IN)
+def a_reset_keeps_the_opt_in(subject: Subject) -> None:
+    """Neither a reset nor a change of state turns the opt-in off."""
+    opt_in(subject)
+    subject.go(State.STOP)
+    subject.reset()
+    _expect_answered_flags(subject, subject.session(State.PRE_COPY))
+
+
+def _expect_answered_flags(subject: Subject, data_fd: int) -> None:
+    for flags in (0xFFFF_FFFE, 0x8000_0000):
+        reply = info(subject, data_fd, flags)
+        subject.evidence.expect_errno("PRECOPY_INFO", reply.errno, 0)
+        subject.evidence.expect("flags", reply.flags, 0, vfio.VFIO_PRECOPY_INFO_REINIT, show=hex)
+
+
+@CHAPTER.check("CLOSE-1", "PRECOPY-7", section=OPT_IN)
+def the_last_close_ends_the_opt_in(subject: Subject) -> None:
+    """After the device was closed and opened again flags are an echo."""
+    opt_in(subject)
+    subject.target.reopen()
+    data_fd = subject.session(State.PRE_COPY)
+    reply = info(subject, data_fd, 0x8000_0000)
+    subject.evidence.expect_errno("PRECOPY_INFO", reply.errno, 0)
+    subject.evidence.expect("flags", reply.flags, 0x8000_0000, show=hex)

@@ -1,0 +1,178 @@
+"""VFIO_DEVICE_RESET: from every state to RUNNING, and what it does to sessions and to others."""
+
+from __future__ import annotations
+
+import errno
+from functools import partial
+from typing import TYPE_CHECKING
+
+from vfiomig.checks.check import Chapter
+from vfiomig.checks.evidence import Inapplicable, errno_text, state_text
+from vfiomig.checks.facts import Shows
+from vfiomig.client.transport import NO_FD
+from vfiomig.fsm import SAVING_GROUP, SessionKind, State, required, session_kind
+
+if TYPE_CHECKING:
+    from vfiomig.checks.check import Columns
+    from vfiomig.checks.raw import Reply
+    from vfiomig.checks.subject import Subject
+
+__all__ = ("CHAPTER",)
+
+CHAPTER = Chapter(
+    "reset",
+    "VFIO_DEVICE_RESET: from every state to RUNNING, and what becomes of sessions.",
+    {"section": "VFIO_DEVICE_RESET"},
+)
+
+#: How often a race is tried: each time may end in either order.
+ROUNDS = 12
+
+
+def reset(subject: Subject) -> None:
+    """Reset the device; one that cannot be reset has nothing to show here."""
+    result = subject.reset()
+    if result == errno.EINVAL:
+        raise Inapplicable("the device has no reset (RESET-3)")
+    subject.evidence.expect_errno("RESET", result, 0)
+
+
+def expect_running(subject: Subject, before: int) -> None:
+    """Compare the state after a reset; servers outside the kernel are known to keep it."""
+    kept = {before: "FAULT-7"} if subject.facts.is_server else {}
+    subject.expect_state(State.RUNNING, known=kept)
+
+
+def from_state(state: State, subject: Subject) -> None:
+    data_fd = subject.enter(state)
+    reset(subject)
+    expect_running(subject, state)
+    if data_fd == NO_FD:
+        return
+    kind = session_kind(state)
+    if kind is SessionKind.SAVING:
+        result, _ = subject.read(data_fd, 16)
+        subject.evidence.expect_errno("a read afterwards", max(0, -result), errno.ENODEV)
+    result = subject.request(State.STOP_COPY).errno
+    subject.evidence.expect_errno("a new session", result, 0)
+
+
+for _state in State:
+    _row: Columns = {"needs": required(_state)} if _state else {}
+    CHAPTER.add(
+        f"from_{_state.name}".lower(),
+        f"A reset leads from {_state.name} to RUNNING, ends a session that is open, and leaves a "
+        "device that can be saved.",
+        ("RESET-1", "RESET-2", *(("ERROR-6",) if not _state else ())),
+        partial(from_state, _state),
+        **_row,
+    )
+
+
+@CHAPTER.check("RESET-2", "SESSION-4")
+def a_reset_ends_a_load(subject: Subject) -> None:
+    """After a reset in RESUMING writes to its data_fd are ENODEV."""
+    data_fd = subject.session(State.RESUMING)
+    reset(subject)
+    result = subject.write(data_fd, b"x")
+    subject.evidence.expect_errno("a write afterwards", max(0, -result), errno.ENODEV)
+
+
+@CHAPTER.check("RESET-1")
+def a_second_reset_is_as_good(subject: Subject) -> None:
+    """A device in RUNNING can be reset, again and again."""
+    for _ in range(3):
+        reset(subject)
+        expect_running(subject, State.RUNNING)
+
+
+@CHAPTER.check("RESET-2", "SESSION-4")
+def a_reader_wakes_at_a_reset(subject: Subject) -> None:
+    """A thread that reads on and on gets ENODEV when the device is reset."""
+    data_fd = subject.session(State.STOP_COPY)
+    reader = subject.read_on_beside(data_fd)
+    reset(subject)
+    last = reader.result("the reader")
+    subject.evidence.expect_errno("the last read", -last, errno.ENODEV)
+
+
+@CHAPTER.check("RESET-2")
+def after_a_reset_a_whole_session_works(subject: Subject) -> None:
+    """After a reset in each state with a session the device saves, and loads what it saved."""
+    for state in subject.session_states:
+        subject.begin()
+        subject.session(state)
+        reset(subject)
+        saved = subject.stopped_state()
+        loading = subject.session(State.RESUMING)
+        what = f"after a reset in {state.name}"
+        subject.evidence.expect_errno(what, subject.write_all(loading, saved), 0)
+        subject.evidence.expect_errno(what, subject.request(State.STOP).errno, 0)
+        subject.close_all()
+
+
+@CHAPTER.check("RESET-5", "RESET-6", "RESET-7")
+def a_reset_may_meet_a_change_of_state(subject: Subject) -> None:
+    """A reset and a request for STOP_COPY at the same time both return, in either order.
+
+    The request may report success with a descriptor although the device is RUNNING and the
+    descriptor dead; but nothing else is open, and the device goes on to work.
+    """
+    for _ in range(ROUNDS):
+        subject.begin()
+        request = subject.beside(lambda: subject.request(State.STOP_COPY))
+        reset(subject)
+        reply = request.result("the request for STOP_COPY")
+        subject.raw.get_state()  # the one that carries a reset out tells the older state
+        _expect_either(subject, reply)
+        subject.close_all()
+    subject.begin()
+    subject.evidence.expect_errno("STOP", subject.request(State.STOP).errno, 0)
+
+
+def _expect_either(subject: Subject, reply: Reply) -> None:
+    """Compare what is there after a race with one of its two orders."""
+    state = subject.state()
+    subject.evidence.expect_errno("the request for STOP_COPY", reply.errno, 0, errno.EINVAL)
+    wanted = (State.RUNNING, State.STOP_COPY)
+    subject.evidence.expect_that(
+        "the state", state in wanted, "RUNNING or STOP_COPY", state_text(state)
+    )
+    if reply.errno or reply.data_fd < 0:
+        return
+    lives = subject.lives(reply.data_fd)
+    saw = f"{state_text(state)}, the session {'alive' if lives else 'over'}"
+    subject.evidence.expect_that(
+        "state and session", lives is (state in SAVING_GROUP), "both or neither", saw
+    )
+
+
+@CHAPTER.check("RESET-5")
+def a_reset_may_meet_a_reset(subject: Subject) -> None:
+    """Two resets at the same time both return, and the device is in RUNNING.
+
+    One of them may be told that the device is locked for the other (EAGAIN).
+    """
+    for _ in range(ROUNDS):
+        subject.go(State.STOP)
+        other = subject.beside(subject.raw.reset)
+        first = subject.reset()
+        if first == errno.EINVAL:
+            raise Inapplicable("the device has no reset (RESET-3)")
+        subject.evidence.expect_errno("one reset", first, 0, errno.EAGAIN)
+        second = other.result("the other reset")
+        subject.evidence.expect_errno("the other reset", second, 0, errno.EAGAIN)
+        subject.raw.get_state()
+        expect_running(subject, State.STOP)
+
+
+@CHAPTER.check("SET-LANDED-10", "RESET-2", shows=Shows.EXHAUSTION)
+def a_session_without_a_descriptor_ends_too(subject: Subject) -> None:
+    """A reset ends a session whose descriptor was never given out."""
+    with subject.without_descriptors():
+        reply = subject.request(State.STOP_COPY)
+    if reply.errno != errno.EMFILE:
+        raise Inapplicable(f"without a descriptor the request answers {errno_text(reply.errno)}")
+    reset(subject)
+    expect_running(subject, State.STOP_COPY)
+    subject.stopped_state()

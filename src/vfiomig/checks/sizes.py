@@ -1,0 +1,79 @@
+"""MIG_DATA_SIZE: an estimate that can be asked for in every state."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from typing import TYPE_CHECKING
+
+from vfiomig.abi import vfio
+from vfiomig.checks.check import LANDED, Chapter
+from vfiomig.checks.facts import Shows
+from vfiomig.checks.pages import Pages
+from vfiomig.checks.raw import GET
+from vfiomig.fsm import State
+
+if TYPE_CHECKING:
+    from vfiomig.checks.subject import Subject
+
+__all__ = ("CHAPTER",)
+
+SIZE = vfio.VFIO_DEVICE_FEATURE_MIG_DATA_SIZE
+
+CHAPTER = Chapter(
+    "size",
+    "MIG_DATA_SIZE: an estimate that can be asked for in every state.",
+    {"section": "VFIO_DEVICE_FEATURE_MIG_DATA_SIZE", "dialects": LANDED, "feature": SIZE},
+)
+
+
+def ask(subject: Subject, when: str) -> int:
+    subject.evidence.step(f"GET of MIG_DATA_SIZE {when}")
+    answer = subject.raw.feature(GET | SIZE, bytes(8))
+    subject.evidence.expect_errno(f"GET {when}", answer.errno, 0)
+    return int.from_bytes(answer.payload, "little")
+
+
+@CHAPTER.check("SIZE-2", "SIZE-1")
+def it_can_be_asked_in_every_state(subject: Subject) -> None:
+    """GET of MIG_DATA_SIZE succeeds in every state, and changes none."""
+    for state in subject.states:
+        subject.begin()
+        subject.enter(state)
+        ask(subject, f"in {state.name}")
+        subject.expect_state(state)
+        subject.close_all()
+
+
+@CHAPTER.check("SIZE-1", "FAULT-20")
+def it_is_no_errno(subject: Subject) -> None:
+    """The length is below 2^63: one driver lets a negative errno through as a huge number."""
+    for state in (State.RUNNING, State.STOP, State.STOP_COPY):
+        subject.go(state)
+        length = ask(subject, f"in {state.name}")
+        subject.evidence.prefer(
+            "stop_copy_length", length < 1 << 63, "below 2^63", f"{length:#x}", "FAULT-20"
+        )
+
+
+@CHAPTER.check("SIZE-1", "SIZE-3")
+def it_covers_what_is_delivered(subject: Subject) -> None:
+    """The estimate of a stopped device is not less than what STOP_COPY then delivers."""
+    subject.go(State.STOP)
+    estimate = ask(subject, "in STOP")
+    delivered = len(subject.drain(subject.session(State.STOP_COPY)))
+    saw = f"{estimate} for {delivered} bytes"
+    subject.evidence.prefer(
+        "stop_copy_length", estimate >= delivered, "enough", saw, "SIZE-3: an estimate"
+    )
+
+
+@CHAPTER.check("SIZE-1", shows=Shows.FAULTS)
+def a_size_that_cannot_be_written_is_efault(subject: Subject) -> None:
+    """GET of MIG_DATA_SIZE into memory that cannot be written is EFAULT."""
+    header = bytes(vfio.DeviceFeature(argsz=16, flags=GET | SIZE))
+    with Pages("rw", "") as pages:
+        edge = pages.end(0, len(header))
+        ctypes.memmove(edge, header, len(header))
+        subject.evidence.step("GET with the payload in no memory")
+        subject.evidence.expect_errno("no memory", subject.raw.feature_at(edge), errno.EFAULT)

@@ -1,0 +1,456 @@
+"""The device under a check: requests that are noted, and the state to begin and end in.
+
+Theory of operation
+-------------------
+Every method makes raw requests and notes them as steps. Some only prepare: ``go`` and what is
+built on it raise ``Unrun`` when the device does not do what they need, since that is the subject
+of another check. So one broken rule fails the checks about it, and not everything behind it.
+
+``begin`` brings the device to RUNNING, by a reset, which is the way out of every state; a device
+that cannot be reset is asked. ``end`` closes the descriptors that came up and leaves the device
+in RUNNING for whoever is next.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from vfiomig.abi.ioctls import Dialect
+from vfiomig.checks.evidence import Evidence, Inapplicable, Unrun, errno_text, state_text
+from vfiomig.checks.facts import no_descriptor_left
+from vfiomig.checks.stream import CHUNK, StateTooLong, Stream, first_difference
+from vfiomig.client.transport import NO_FD
+from vfiomig.fsm import Capability, SessionKind, State, session_kind, states_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from vfiomig.checks.check import Levers
+    from vfiomig.checks.dangers import Danger
+    from vfiomig.checks.facts import Facts
+    from vfiomig.checks.raw import Raw, Reply
+    from vfiomig.checks.target import Target
+    from vfiomig.client import DeviceClient
+
+__all__ = ("Beside", "Subject")
+
+R = TypeVar("R")
+
+#: What a refused state can be answered with; no errno of a write carries a meaning (LOAD-2).
+FOREIGN = bytes(range(256)) * 16
+#: A thread that is seen asleep so often in a row is not only waiting for its turn.
+ASLEEP = 50
+
+
+class Subject:
+    """One target while one check runs on it."""
+
+    def __init__(
+        self,
+        target: Target,
+        facts: Facts,
+        levers: Levers,
+        *,
+        deadline: float,
+        state_limit: int,
+        dangerous: bool = False,
+    ) -> None:
+        self.target = target
+        self.facts = facts
+        self.levers = levers
+        self.evidence = Evidence()
+        #: When the check has to be over, of ``time.monotonic``.
+        self.deadline = deadline
+        self._state_limit = state_limit
+        self._dangerous = dangerous
+        #: What the state matrix shows of the check.
+        self.cell = ""
+        self._data_fds: dict[int, SessionKind | None] = {}
+        self._beside: list[Beside[object]] = []
+
+    # What is where.
+
+    @property
+    def client(self) -> DeviceClient:
+        return self.target.client
+
+    @property
+    def raw(self) -> Raw:
+        return self.target.raw
+
+    @property
+    def is_v6(self) -> bool:
+        return self.facts.dialect is Dialect.V6
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The states that the device has."""
+        caps = Capability.STOP_COPY if self.is_v6 else self.facts.capabilities
+        return states_of(caps)
+
+    @property
+    def caps(self) -> Capability:
+        """The capability set whose arcs hold; V6 has the arcs of the smallest."""
+        return Capability.STOP_COPY if self.is_v6 else self.facts.capabilities
+
+    @property
+    def session_states(self) -> tuple[State, ...]:
+        """Those in which a session is open."""
+        return tuple(state for state in self.states if session_kind(state) is not None)
+
+    def may(self, danger: Danger) -> bool:
+        """Tell whether something dangerous may be done."""
+        return self._dangerous or not danger.threatens(self.facts)
+
+    # States.
+
+    def request(self, target: int) -> Reply:
+        """Ask for a state and note what came."""
+        step = self.evidence.step(f"SET {state_text(target)}")
+        reply = self.raw.set_state(target)
+        new = not reply.errno and reply.data_fd >= 0
+        self.evidence.outcome(
+            step, errno_text(reply.errno) + (f", data_fd {reply.data_fd}" if new else "")
+        )
+        if new:
+            known = 0 <= target < len(State)
+            self._data_fds[reply.data_fd] = session_kind(State(target)) if known else None
+        return reply
+
+    def go(self, *states: State) -> int:
+        """Bring the device from state to state; return the descriptor that the last one gave."""
+        data_fd = NO_FD
+        for state in states:
+            reply = self.request(state)
+            if reply.errno:
+                raise Unrun(f"the device did not get to {state.name}: {errno_text(reply.errno)}")
+            data_fd = reply.data_fd
+        return data_fd if data_fd >= 0 else NO_FD
+
+    def session(self, *states: State) -> int:
+        """Bring the device to a state with a session; return its descriptor."""
+        data_fd = self.go(*states)
+        if data_fd == NO_FD:
+            raise Unrun(f"no data_fd came with {states[-1].name}")
+        return data_fd
+
+    def enter(self, state: State) -> int:
+        """Bring the device from RUNNING to a state; in RESUMING it has been given its own state.
+
+        Return the descriptor of the session that is open there, ``NO_FD`` if none is.
+        """
+        if state is State.ERROR:
+            self.enter_error()
+            return NO_FD
+        if state is State.RESUMING:
+            return self.loaded()
+        if session_kind(state) is not None:
+            return self.session(state)
+        self.go(state)
+        return NO_FD
+
+    def enter_error(self) -> None:
+        """Bring the device to ERROR by the author's lever, or with a state that it refuses."""
+        step = self.evidence.step("bring the device to ERROR")
+        if self.levers.enter_error is not None:
+            self.levers.enter_error(self)
+        else:
+            data_fd = self.session(State.RESUMING)
+            self.raw.write(data_fd, FOREIGN)
+            self.raw.set_state(State.STOP)
+        state = self.state()
+        self.evidence.outcome(step, state_text(state))
+        if state != State.ERROR:
+            raise Inapplicable(
+                "no request brings a device to ERROR, and it refused a foreign state without"
+            )
+
+    def state(self) -> int:
+        """Ask where the device is; ``Broken`` if it does not tell."""
+        reply = self.raw.get_state()
+        if reply.errno:
+            self.evidence.expect_errno("the query of the state", reply.errno, 0)
+        return reply.device_state
+
+    def expect_state(self, *wanted: int, known: dict[int, str] | None = None) -> None:
+        """Ask where the device is, and compare."""
+        first, *others = wanted
+        self.evidence.step("ask for the state")
+        self.evidence.expect_state("the state", self.state(), first, *others, known=known)
+
+    def reset(self) -> int:
+        step = self.evidence.step("RESET")
+        result = self.raw.reset()
+        self.evidence.outcome(step, errno_text(result))
+        return result
+
+    # Sessions.
+
+    def read(self, data_fd: int, size: int) -> tuple[int, bytes]:
+        """Read once; return the count, or a negative errno, and the bytes."""
+        buffer = bytearray(size)
+        step = self.evidence.step(f"read {size}")
+        count = self.raw.read(data_fd, buffer)
+        self.evidence.outcome(step, _transfer_text(count))
+        return count, bytes(buffer[: max(count, 0)])
+
+    def write(self, data_fd: int, data: bytes | memoryview) -> int:
+        step = self.evidence.step(f"write {len(data)}")
+        count = self.raw.write(data_fd, data)
+        self.evidence.outcome(step, _transfer_text(count))
+        return count
+
+    def read_on(self, data_fd: int, into: Stream, size: int = CHUNK) -> int:
+        """Read until nothing comes; return the last result: 0, or a negative errno."""
+        step = self.evidence.step("read to the end")
+        before = into.size
+        try:
+            while (count := into.take(lambda room: self.raw.read(data_fd, room[:size]))) > 0:
+                self.check_deadline()
+        except StateTooLong as trouble:
+            raise Unrun(f"{trouble}: raise the limit (--state-limit)") from None
+        self.evidence.outcome(step, f"{into.size - before} bytes, then {_transfer_text(count)}")
+        return count
+
+    def new_stream(self) -> Stream:
+        return Stream(self._state_limit)
+
+    def drain(self, data_fd: int) -> memoryview:
+        """Read a saving session to its permanent end."""
+        stream = self.new_stream()
+        last = self.read_on(data_fd, stream)
+        if last:
+            raise Unrun(f"the state cannot be read: {errno_text(-last)}")
+        return stream.view()
+
+    def saved(self) -> memoryview:
+        """The device's own state, saved once in the life of its target; it is stopped by that."""
+        if self.target.saved is None:
+            step = self.evidence.step("save the device's own state")
+            data_fd = self.session(State.STOP_COPY)
+            self.target.saved = self.drain(data_fd)
+            self.evidence.outcome(step, f"{len(self.target.saved)} bytes")
+            self.go(State.STOP)
+        return self.target.saved
+
+    def some_state(self) -> memoryview:
+        """The device's own state, which is not empty."""
+        state = self.saved()
+        if not state:
+            raise Inapplicable("the device's state is empty")
+        return state
+
+    def write_all(self, data_fd: int, data: bytes | memoryview, piece: int = CHUNK) -> int:
+        """Write everything; return 0, or the errno that came instead."""
+        step = self.evidence.step(f"write all {len(data)}")
+        view, done = memoryview(data), 0
+        while done < len(view):
+            self.check_deadline()
+            count = self.raw.write(data_fd, view[done : done + piece])
+            if count <= 0:
+                self.evidence.outcome(step, f"{_transfer_text(count)} at {done}")
+                return -count or errno.EIO
+            done += count
+        return 0
+
+    def stopped_state(self) -> memoryview:
+        """Save the device in STOP, where nothing changes it, and leave it there."""
+        self.go(State.STOP)
+        state = self.drain(self.session(State.STOP_COPY))
+        self.go(State.STOP)
+        if not state:
+            raise Inapplicable("the device's state is empty")
+        return state
+
+    def expect_start_of(self, state: memoryview, got: bytes | memoryview, what: str) -> None:
+        """Compare bytes that were read with the start of ``stopped_state``, byte by byte."""
+        difference = first_difference(got, state[: len(got)])
+        if difference is not None and self._saves_differ():
+            raise Inapplicable("two saves of the stopped device differ")
+        wanted = f"{len(got)} bytes as saved before" if got else "bytes of the state"
+        saw = wanted if got and difference is None else f"other bytes from {difference or 0} on"
+        self.evidence.expect_that(what, got and difference is None, wanted, saw)
+
+    def _saves_differ(self) -> bool:
+        self.stopped_state()  # whatever is left of an earlier session
+        first, second = self.stopped_state(), self.stopped_state()
+        return first_difference(first, second) is not None
+
+    def loaded(self) -> int:
+        """Bring the device to RESUMING and give it its own state; return the descriptor."""
+        state = self.saved()
+        data_fd = self.session(State.RESUMING)
+        if failure := self.write_all(data_fd, state):
+            raise Unrun(f"the device does not take its own state: {errno_text(failure)}")
+        return data_fd
+
+    def lives(self, data_fd: int) -> bool:
+        """Tell whether a session is alive; a byte may move, and nothing else is done with it."""
+        kind = self._data_fds[data_fd]
+        if kind is SessionKind.RESUMING:
+            result = self.raw.write(data_fd, b"\0")
+        else:
+            result = self.raw.read(data_fd, bytearray(1))
+        return result != -errno.ENODEV
+
+    def close_fd(self, data_fd: int) -> None:
+        self.evidence.step(f"close data_fd {data_fd}")
+        self._data_fds.pop(data_fd, None)
+        self.raw.close(data_fd)
+
+    def close_all(self) -> None:
+        """Close every descriptor that came."""
+        for data_fd in tuple(self._data_fds):
+            self.raw.close(data_fd)
+        self._data_fds.clear()
+
+    @contextmanager
+    def without_descriptors(self) -> Iterator[None]:
+        """Let every new descriptor fail with EMFILE while the block runs."""
+        self.evidence.step("leave no free descriptor")
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(no_descriptor_left(self.raw.transport))
+            except (OSError, ValueError) as refusal:
+                raise Unrun(f"the limit on descriptors cannot be set: {refusal}") from None
+            yield
+
+    def precopy_end(self, data_fd: int, into: Stream) -> int:
+        """Read a pre-copy session to its temporary end; return how it was told.
+
+        A device whose state changes faster than it is read has none.
+        """
+        try:
+            return self.read_on(data_fd, into)
+        except Unrun:
+            raise Inapplicable("more pre-copy data comes as fast as it is read") from None
+
+    # Two at a time.
+
+    def read_on_beside(self, data_fd: int) -> Beside[int]:
+        """Read on and on in a thread until that fails; it returns the result that is no count.
+
+        When this returns the thread has read something, or sleeps in a read.
+        """
+        self.evidence.step("read on and on in a thread")
+        reads: list[int] = []
+
+        def read_on() -> int:
+            buffer = bytearray(4096)
+            while (count := self.raw.read(data_fd, buffer)) >= 0:
+                reads[:] = [count]
+                self.check_deadline()
+            return count
+
+        reader = self.beside(read_on)
+        reader.under_way(lambda: reads)
+        return reader
+
+    def beside(self, call: Callable[[], R]) -> Beside[R]:
+        """Run ``call`` in a thread; it is over when the check is."""
+        started = Beside(call, self)
+        self._beside.append(started)  # type: ignore[arg-type]  # whatever it returns
+        return started
+
+    @property
+    def left(self) -> float:
+        """Seconds until the check has to be over."""
+        return self.deadline - time.monotonic()
+
+    def check_deadline(self) -> None:
+        if self.left <= 0:
+            self.evidence.expect_that("the time", False, "an end before the deadline", "none")
+
+    # The two ends of a check.
+
+    def begin(self) -> None:
+        """Bring the device to RUNNING, as new."""
+        refusal = self.raw.reset()
+        if self.state() == State.RUNNING:
+            return
+        if self.raw.set_state(State.RUNNING).errno == 0 and self.state() == State.RUNNING:
+            return
+        self.target.reopen()
+        if self.state() != State.RUNNING:
+            raise Unrun(
+                f"the device is in {state_text(self.state())}, and nothing brings it to RUNNING: "
+                f"RESET answers {errno_text(refusal)}"
+            )
+
+    def end(self) -> None:
+        """Close what is open, and leave the device in RUNNING if that can be done."""
+        if not self.target.is_open:
+            return
+        self.close_all()
+        if self.facts.capabilities and self.raw.get_state().device_state != State.RUNNING:
+            self.raw.reset()
+        for thread in self._beside:
+            thread.wait()
+
+    def reopen(self) -> None:
+        """Close the device and open it again; ``Broken`` if it cannot be opened."""
+        step = self.evidence.step("close the device and open it again")
+        try:
+            self.target.reopen()
+        except Unrun as reason:
+            self.evidence.outcome(step, str(reason))
+            self.evidence.expect_that("opening it again", False, "success", str(reason))
+
+    def forget_descriptors(self) -> None:
+        """After the device was closed: the numbers belong to nobody."""
+        self._data_fds.clear()
+
+
+class Beside(Generic[R]):
+    """A call in a thread of its own."""
+
+    def __init__(self, call: Callable[[], R], subject: Subject) -> None:
+        self._subject = subject
+        self._result: list[R] = []
+        self._problem: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(call,), name="vfiomig-check-beside", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, call: Callable[[], R]) -> None:
+        try:
+            self._result.append(call())
+        except BaseException as problem:  # noqa: BLE001 - raised again by result()
+            self._problem = problem
+
+    def under_way(self, began: Callable[[], object]) -> None:
+        """Wait until ``began`` holds, or the thread sleeps in what it calls."""
+        looks_alike = 0
+        while not began() and looks_alike < ASLEEP and self._thread.is_alive():
+            self._subject.check_deadline()
+            looks_alike = looks_alike + 1 if self._sleeps() else 0
+
+    def _sleeps(self) -> bool:
+        try:
+            stat = Path(f"/proc/self/task/{self._thread.native_id}/stat").read_bytes()
+        except OSError:
+            return False
+        return stat.rpartition(b")")[2].split()[0] in {b"S", b"D"}
+
+    def wait(self, share: float = 1.0) -> bool:
+        """Wait for its end, for a share of the time that is left; tell whether it came."""
+        self._thread.join(max(0.0, self._subject.left * share))
+        return not self._thread.is_alive()
+
+    def result(self, what: str) -> R:
+        """Return what the call returned; ``Broken`` if it does not end in time."""
+        if not self.wait():
+            self._subject.evidence.expect_that(what, False, "an end", "still under way")
+        if self._problem is not None:
+            raise self._problem
+        return self._result[0]
+
+
+def _transfer_text(count: int) -> str:
+    return errno_text(-count) if count < 0 else str(count)

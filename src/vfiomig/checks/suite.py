@@ -1,0 +1,216 @@
+"""The runner: one check after the other on one target, none of which can hold up the next.
+
+Theory of operation
+-------------------
+Each check runs in a thread of its own, with a deadline. One that is not over by then has failed,
+with the step that it hangs in; its client is closed, which wakes whoever is blocked in a read, and
+the next check gets a new one. If the device does not come back at all, every later check says so
+instead of being run.
+
+A check ends with the device in RUNNING wherever that can be done: see ``subject``.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from vfiomig.checks.check import Levers
+from vfiomig.checks.evidence import Broken, Inapplicable, Unrun, Verdict
+from vfiomig.checks.stream import STATE_LIMIT
+from vfiomig.checks.subject import Subject
+from vfiomig.checks.target import Hung, Target, in_time
+from vfiomig.errors import RequestError, TargetError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from vfiomig.checks.check import Check
+    from vfiomig.checks.facts import Facts
+    from vfiomig.client import Maker
+
+__all__ = ("DEADLINE", "Report", "Result", "Suite")
+
+log = logging.getLogger("vfiomig.checks")
+
+#: What a result says when a check itself, or a lever of the device, does not work.
+BUG = "the check itself failed; please report it"
+#: Seconds that a check may take.
+DEADLINE = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a check, with its evidence."""
+
+    check: Check
+    verdict: Verdict
+    did: str
+    expected: str
+    saw: str
+    seconds: float = 0.0
+    #: What the state matrix shows of it: "ok +r x".
+    cell: str = ""
+
+
+class Report(NamedTuple):
+    """What came of all of them."""
+
+    target: str
+    facts: Facts
+    results: Sequence[Result]
+
+    @property
+    def summary(self) -> dict[Verdict, int]:
+        """How many there are of each verdict."""
+        counts = Counter(result.verdict for result in self.results)
+        return {verdict: counts[verdict] for verdict in Verdict}
+
+    @property
+    def failed(self) -> list[Result]:
+        return [result for result in self.results if result.verdict is Verdict.FAIL]
+
+
+class Suite:
+    """Checks a device. Use it in a ``with`` block."""
+
+    def __init__(
+        self,
+        maker: Maker,
+        target: str = "",
+        *,
+        levers: Levers = Levers(),  # noqa: B008 - immutable
+        dangerous: bool = False,
+        deadline: float = DEADLINE,
+        state_limit: int = STATE_LIMIT,
+    ) -> None:
+        """``maker`` opens the device anew each time; ``target`` is what reports call it.
+
+        Raises:
+            TargetError: it cannot be opened, or does not tell what it is.
+        """
+        self.dangerous = dangerous
+        self._levers = levers
+        self._deadline = deadline
+        self._state_limit = state_limit
+        self._target = Target(maker, deadline)
+        #: Why no check can run any more.
+        self._lost = ""
+        try:
+            self.facts = self._target.open()
+        except BaseException as problem:
+            self._target.close()
+            if isinstance(problem, Hung):
+                late = (
+                    f"{target} cannot be opened: no answer in {deadline:g} s; see the kernel's log"
+                )
+                raise TargetError(errno.ETIMEDOUT, late) from None
+            if isinstance(problem, RequestError) and not isinstance(problem, TargetError):
+                # It is there, and tells nothing: to whoever wants to check it, the same.
+                raise TargetError(problem.errno or errno.EIO, str(problem.strerror)) from None
+            raise
+        self.name = target or self.facts.name
+
+    def run(
+        self, checks: Sequence[Check], hear: Callable[[Check | Result], None] = lambda _: None
+    ) -> Report:
+        """Run checks; ``hear`` is told each one that begins, and what came of it."""
+        results = []
+        for check in checks:
+            hear(check)
+            result = self.run_check(check)
+            results.append(result)
+            hear(result)
+        return Report(self.name, self.facts, results)
+
+    def run_check(self, check: Check) -> Result:
+        reason = check.why_inapplicable(self.facts)
+        if reason:
+            return Result(check, Verdict.NOT_APPLICABLE, "", "", reason)
+        self._open_if_closed()
+        reason = self._lost or self._why_unrun(check)
+        if reason:
+            return Result(check, Verdict.NOT_RUN, "", "", reason)
+        started = time.monotonic()
+        subject = Subject(
+            self._target,
+            self.facts,
+            self._levers,
+            deadline=started + self._deadline,
+            state_limit=self._state_limit,
+            dangerous=self.dangerous,
+        )
+        verdict, expected, saw = self._judge(check, subject)
+        seconds = time.monotonic() - started
+        return Result(check, verdict, subject.evidence.did, expected, saw, seconds, subject.cell)
+
+    def _why_unrun(self, check: Check) -> str:
+        danger = check.danger
+        if danger is not None and danger.threatens(self.facts) and not self.dangerous:
+            return f"{danger.what} ({danger.rule}): --dangerous runs it all the same"
+        if check.lever and getattr(self._levers, check.lever) is None:
+            return f"nothing here makes the device do it: see vfiomig.testing, {check.lever}"
+        return ""
+
+    def _judge(self, check: Check, subject: Subject) -> tuple[Verdict, str, str]:
+        """Run a check in time; return its verdict, what it expected and what it saw."""
+        evidence = subject.evidence
+        try:
+            in_time(lambda: _carry_out(check, subject), self._deadline + 1)
+        except Hung:
+            self._target.close()
+            saw = f"still under way after {self._deadline:g} s: {evidence.last_step}"
+            return Verdict.FAIL, "an end in time", saw
+        except Broken:
+            return Verdict.FAIL, *evidence.first_difference
+        except Inapplicable as reason:
+            return Verdict.NOT_APPLICABLE, "", str(reason)
+        except Unrun as reason:
+            return Verdict.NOT_RUN, "", str(reason)
+        except RequestError as refusal:
+            return Verdict.NOT_RUN, "", f"what it needs is refused: {refusal.strerror}"
+        except Exception as bug:  # boundary: levers, and transports that are their author's
+            log.exception("%s", check.id)
+            return Verdict.NOT_RUN, "", f"{BUG}: {type(bug).__name__}: {bug}"
+        if evidence.deviations:
+            return Verdict.DEVIATES, evidence.expected, "; ".join(evidence.deviations)
+        return Verdict.PASS, evidence.expected, evidence.saw
+
+    def _open_if_closed(self) -> None:
+        if self._target.is_open or self._lost:
+            return
+        try:
+            self._target.reopen()
+        except Unrun as reason:
+            self._lost = f"an earlier check has lost the device: {reason}"
+
+    def close(self) -> None:
+        """Close the device."""
+        self._target.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _carry_out(check: Check, subject: Subject) -> None:
+    """Run the body of a check between the two ends that every check has."""
+    if subject.facts.capabilities:
+        subject.begin()
+    try:
+        check.body(subject)
+    finally:
+        subject.end()

@@ -1,0 +1,129 @@
+"""What is checked: a maker of clients, and the one that is open.
+
+A *maker* is a function that opens the same device anew and returns its ``DeviceClient``. One
+client serves all checks until a check closes it, or hangs with it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, TypeVar
+
+from vfiomig.checks.evidence import Unrun
+from vfiomig.checks.facts import look
+from vfiomig.checks.raw import Raw
+from vfiomig.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vfiomig.checks.facts import Facts
+    from vfiomig.client import DeviceClient, Maker
+
+__all__ = ("Hung", "Target", "in_time")
+
+R = TypeVar("R")
+
+
+class Hung(Exception):
+    """A call did not end in time; its thread is left to itself."""
+
+
+def in_time(call: Callable[[], R], seconds: float) -> R:
+    """Return what ``call`` returns, from a thread that may hang without holding anybody up.
+
+    Raises:
+        Hung: it did not end in ``seconds``.
+    """
+    results: list[R] = []
+    problems: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as problem:  # noqa: BLE001 - raised again below
+            problems.append(problem)
+
+    thread = threading.Thread(target=run, name="vfiomig-check", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise Hung
+    if problems:
+        raise problems[0]
+    return results[0]
+
+
+class Target:
+    """A device that can be opened again."""
+
+    def __init__(self, maker: Maker, patience: float) -> None:
+        """``patience`` is how many seconds an open or a close may take."""
+        self._maker = maker
+        self._patience = patience
+        self._client: DeviceClient | None = None
+        self._raw: Raw | None = None
+        #: The device's own state, once somebody has saved it.
+        self.saved: memoryview | None = None
+
+    @property
+    def client(self) -> DeviceClient:
+        assert self._client is not None, "the target is not open"
+        return self._client
+
+    @property
+    def raw(self) -> Raw:
+        assert self._raw is not None, "the target is not open"
+        return self._raw
+
+    @property
+    def is_open(self) -> bool:
+        return self._client is not None
+
+    def open(self) -> Facts:
+        """Open the device and look at it.
+
+        Raises:
+            RequestError: it cannot be opened, or does not tell what it is.
+            Hung: it does neither.
+        """
+        self._client = client = self._make()
+        self._raw = Raw(client)
+        return in_time(lambda: look(client), self._patience)
+
+    def _make(self) -> DeviceClient:
+        """Call the maker; a client that comes too late is closed by whoever brings it."""
+        made: list[DeviceClient] = []
+        decided = threading.Lock()  # by whoever takes it first
+
+        def make() -> None:
+            client = self._maker()
+            made.append(client)
+            if not decided.acquire(blocking=False):
+                client.close()
+
+        try:
+            in_time(make, self._patience)
+        except Hung:
+            if decided.acquire(blocking=False):
+                raise
+        return made[0]
+
+    def reopen(self) -> None:
+        """Close the device and open it again; ``Unrun`` if that cannot be done."""
+        self.close()
+        try:
+            self.open()
+        except RequestError as refusal:
+            raise Unrun(f"the device cannot be opened again: {refusal.strerror}") from None
+        except Hung:
+            raise Unrun(f"opening it again takes more than {self._patience:g} s") from None
+
+    def close(self) -> None:
+        """Close what is open. A device that does not let go of its descriptors is left with them."""
+        client, self._client, self._raw = self._client, None, None
+        if client is not None:
+            try:
+                in_time(client.close, self._patience)
+            except Hung:
+                client._closed = True  # what it holds goes with the process

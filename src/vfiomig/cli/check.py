@@ -1,0 +1,143 @@
+"""``vfiomig check``: whether a device keeps the protocol."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation at run time
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from vfiomig.abi.ioctls import Dialect  # noqa: TC001 - likewise
+from vfiomig.checks import DEADLINE, Suite, choose, find
+from vfiomig.cli.check_table import Progress, explain_check, list_checks, show
+from vfiomig.client import target_maker
+from vfiomig.errors import PrerequisiteError, SpecError
+from vfiomig.models import parse_size
+from vfiomig.report import as_data, as_junit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vfiomig.checks import Check, Report
+
+__all__ = ("check",)
+
+FLAG = Parameter(negative=(), show_default=False)
+PATTERNS = Parameter(negative=(), show_default=False)
+
+
+def check(
+    target: str = "",
+    *,
+    only: Annotated[list[str] | None, PATTERNS] = None,
+    skip: Annotated[list[str] | None, PATTERNS] = None,
+    list: Annotated[bool, FLAG] = False,  # noqa: A002 - the option's name
+    explain: str = "",
+    dangerous: Annotated[bool, FLAG] = False,
+    dialect: Dialect | None = None,
+    deadline: float = DEADLINE,
+    state_limit: str = "256M",
+    json: Annotated[bool, FLAG] = False,
+    junit: Path | None = None,
+    html: Path | None = None,
+) -> int:
+    """Check whether a device keeps the protocol.
+
+    The device is opened, used in every way that the protocol has, and left in RUNNING. It must be
+    nobody else's meanwhile, and what it holds is lost. The exit code is 0 if no check failed, 1
+    if one did, and 2 if the device cannot be reached.
+
+    Parameters
+    ----------
+    target:
+        /dev/vfio/devices/vfioN, vfio-user:PATH, or model:SPEC for a device of this program's own.
+    only:
+        Run these checks: an id, a chapter, or a pattern such as 'resuming.cut*'; may be repeated.
+    skip:
+        Leave these out.
+    list:
+        List the checks, and run none.
+    explain:
+        Tell about one check, and run none.
+    dangerous:
+        Run what is known to hang or crash some kernels, too.
+    dialect:
+        Which form of the protocol a model is served in; other targets have their own.
+    deadline:
+        Seconds that each check may take.
+    state_limit:
+        Largest state that is kept to be loaded again; K, M, G are powers of 1024.
+    json:
+        Print one JSON document.
+    junit:
+        Write a report for build servers to this file.
+    html:
+        Write a report as one page to this file.
+    """
+    checks = choose(only or (), skip or ())
+    if explain:
+        explain_check(find(explain))
+        return 0
+    if list:
+        list_checks(checks)
+        return 0
+    if not target:
+        raise SpecError("name a device: vfiomig check /dev/vfio/devices/vfio0, or model:counter")
+    writers = _writers({"--junit": junit, "--html": html})
+    report = _run(target, checks, dialect, deadline, _size(state_limit), dangerous=dangerous)
+    for path, render in writers:
+        path.write_text(render(report), encoding="utf-8")
+    if json:
+        print(json_format.dumps(as_data(report), indent=2))
+    else:
+        show(report)
+    return 1 if report.failed else 0
+
+
+def _run(
+    target: str,
+    checks: Sequence[Check],
+    dialect: Dialect | None,
+    deadline: float,
+    state_limit: int,
+    *,
+    dangerous: bool,
+) -> Report:
+    maker = target_maker(target, dialect)
+    with (
+        Suite(
+            maker, target, dangerous=dangerous, deadline=deadline, state_limit=state_limit
+        ) as suite,
+        Progress(checks) as progress,
+    ):
+        return suite.run(checks, progress.hear)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except SpecError as problem:
+        raise SpecError(f"--state-limit: {problem}") from None
+
+
+def _writers(files: dict[str, Path | None]) -> Sequence[tuple[Path, Callable[[Report], str]]]:
+    """Find out before anything is run whether the reports can be written, and how."""
+    found: Sequence[tuple[Path, Callable[[Report], str]]] = []
+    for option, path in files.items():
+        if path is None:
+            continue
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise SpecError(f"{option} {path}: give the path of a file, in a folder that is there")
+        found = [*found, (path, as_junit if option == "--junit" else _html())]
+    return found
+
+
+def _html() -> Callable[[Report], str]:
+    try:
+        from vfiomig.report.html import as_html
+    except ModuleNotFoundError as missing:
+        raise PrerequisiteError(
+            f"--html needs {missing.name}: pip install 'vfiomig[report]'"
+        ) from None
+    return as_html

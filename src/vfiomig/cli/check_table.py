@@ -1,0 +1,210 @@
+"""How ``vfiomig check`` looks at a terminal: a bar, the matrix, the chapters, and what was found."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from vfiomig.checks import CHAPTERS, Check, Result, Verdict
+from vfiomig.fsm import capability_name
+from vfiomig.report.matrix import COLUMNS, LEGEND, matrix
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Self
+
+    from vfiomig.checks import Report
+
+__all__ = ("Progress", "explain_check", "list_checks", "show")
+
+STYLES: Final = {
+    Verdict.PASS: "green",
+    Verdict.FAIL: "bold red",
+    Verdict.DEVIATES: "yellow",
+    Verdict.NOT_APPLICABLE: "dim",
+    Verdict.NOT_RUN: "magenta",
+}
+WORDS: Final = {verdict: verdict.replace("_", " ") for verdict in Verdict}
+#: Verdicts whose evidence is shown.
+TOLD: Final = (Verdict.FAIL, Verdict.DEVIATES)
+
+
+class Progress:
+    """A bar on stderr; where that is no terminal, a line for each chapter that is done."""
+
+    def __init__(self, checks: Sequence[Check]) -> None:
+        self._left = Counter(check.chapter for check in checks)
+        self._counts: Counter[Verdict] = Counter()
+        self._terminal = sys.stderr.isatty()
+        self._bar = RichProgress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            console=Console(file=sys.stderr),
+            transient=True,
+            disable=not self._terminal,
+        )
+        self._task = self._bar.add_task("", total=len(checks))
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._bar.stop()
+
+    def hear(self, event: Check | Result) -> None:
+        """Take note of a check that begins, or of what came of it."""
+        if isinstance(event, Check):
+            self._bar.update(self._task, description=event.id)
+            return
+        self._bar.advance(self._task)
+        chapter = event.check.chapter
+        self._counts[event.verdict] += 1
+        self._left[chapter] -= 1
+        if self._left[chapter]:
+            return
+        if not self._terminal:
+            print(f"{chapter}: {_counted(self._counts)}", file=sys.stderr)
+        self._counts.clear()
+
+
+def _counted(counts: Counter[Verdict]) -> str:
+    return ", ".join(
+        f"{counts[verdict]} {WORDS[verdict]}" for verdict in Verdict if counts[verdict]
+    )
+
+
+def show(report: Report) -> None:
+    """Print a report."""
+    console = Console(highlight=False)
+    _show_facts(console, report)
+    _show_matrix(console, report)
+    _show_chapters(console, report)
+    for result in report.results:
+        if result.verdict in TOLD:
+            _show_finding(console, result)
+    _show_reasons(console, report)
+    console.print()
+    seconds = sum(result.seconds for result in report.results)
+    counts = Counter(report.summary)
+    console.print(f"{_counted(counts)}, in {seconds:.1f} s", soft_wrap=True)
+
+
+def _show_facts(console: Console, report: Report) -> None:
+    facts = report.facts
+    caps = facts.capabilities
+    migration = capability_name(caps) if caps else f"flags {facts.flags:#x}"
+    console.print(
+        f"{report.target}: {facts.by}, dialect {facts.dialect}, {migration}", soft_wrap=True
+    )
+
+
+def _show_matrix(console: Console, report: Report) -> None:
+    rows = matrix(report)
+    if not rows:
+        return
+    console.print()
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("from \\ to", no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column.replace("_", "_\n", 1), vertical="bottom")
+    for row in rows:
+        cells = (
+            Text(cell.text, style=STYLES[cell.verdict] if cell.verdict else "")
+            for cell in row.cells
+        )
+        table.add_row(row.origin, *cells)
+    console.print(table)
+    console.print(LEGEND, soft_wrap=True)
+
+
+def _show_chapters(console: Console, report: Report) -> None:
+    console.print()
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("chapter")
+    for verdict in Verdict:
+        table.add_column(WORDS[verdict], justify="right")
+    for chapter in CHAPTERS:
+        counts = Counter(r.verdict for r in report.results if r.check.chapter == chapter.name)
+        if counts:
+            numbers = (
+                Text(str(counts[verdict]), style=STYLES[verdict])
+                if counts[verdict]
+                else "\N{MIDDLE DOT}"
+                for verdict in Verdict
+            )
+            table.add_row(chapter.name, *numbers)
+    console.print(table)
+
+
+def _show_finding(console: Console, result: Result) -> None:
+    console.print()
+    line = Text(f"{WORDS[result.verdict]} ", style=STYLES[result.verdict])
+    line.append(result.check.id, style="bold")
+    console.print(line, soft_wrap=True)
+    for name, text in (
+        ("rule", result.check.sentence),
+        ("clause", result.check.clause),
+        ("did", result.did),
+        ("expected", result.expected),
+        ("saw", result.saw),
+    ):
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(width=8)
+        table.add_column(overflow="fold")
+        table.add_row(name, _plain(text))
+        console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _show_reasons(console: Console, report: Report) -> None:
+    """Say why checks were not run, once for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for result in report.results:
+        if result.verdict is Verdict.NOT_RUN:
+            reasons.setdefault(result.saw, []).append(result.check.id)
+    for reason, names in reasons.items():
+        console.print()
+        console.print(Text(f"not run: {', '.join(names)}", style=STYLES[Verdict.NOT_RUN]))
+        console.print(Padding(_plain(reason), (0, 0, 0, 2)))
+
+
+def _plain(text: str) -> Text:
+    """Text for a terminal: what a server sends is not to move the cursor."""
+    return Text(
+        "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    )
+
+
+def list_checks(checks: Sequence[Check]) -> None:
+    """Print the id and the sentence of each check, chapter by chapter."""
+    console = Console(highlight=False)
+    for chapter in CHAPTERS:
+        own = [check for check in checks if check.chapter == chapter.name]
+        if not own:
+            continue
+        console.print(Text(f"{chapter.name}: {chapter.summary}", style="bold"))
+        for check in own:
+            console.print(Text(f"  {check.id}"), soft_wrap=True)
+            console.print(Padding(Text(check.sentence, style="dim"), (0, 0, 0, 6)))
+
+
+def explain_check(check: Check) -> None:
+    """Print everything that there is to say about a check."""
+    console = Console(highlight=False)
+    console.print(Text(check.id, style="bold"), soft_wrap=True)
+    console.print(check.sentence)
+    if check.explanation:
+        console.print(check.explanation)
+    console.print(f"Rests on {check.clause}.", soft_wrap=True)
+    for sentence in check.conditions:
+        console.print(sentence, soft_wrap=True)

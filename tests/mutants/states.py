@@ -1,0 +1,416 @@
+"""Wrong arcs, wrong arguments afterwards, wrong resets, and answers that cannot be given."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from typing import TYPE_CHECKING, Any
+
+from mutants.bench import (
+    RESET,
+    SET,
+    SET_STATE,
+    Payload,
+    end,
+    look,
+    mutant,
+    outcome,
+    readable,
+    served_as,
+)
+from vfiomig import State
+from vfiomig.core import mig_features
+from vfiomig.core.migration import Migration, Outcome
+from vfiomig.core.saving import SavingMigf
+from vfiomig.fsm import session_kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mutants.bench import Bench, Call, SetState
+    from vfiomig.abi.uapi import UapiStruct
+    from vfiomig.core.vfio_device import VfioDevice
+
+
+# States.
+
+
+@mutant("PATH-4", "states.stop-copy-to-pre-copy")
+def stop_copy_leads_back_to_pre_copy(bench: Bench) -> None:
+    pair = State.STOP_COPY, State.PRE_COPY
+    bench.paths({pair: (State.STOP, State.RUNNING_P2P, State.RUNNING, State.PRE_COPY)})
+
+
+@mutant("PATH-3", "states.pre-copy-to-stop-copy")
+def the_header_is_taken_by_its_word(bench: Bench) -> None:
+    way = State.RUNNING, State.RUNNING_P2P, State.STOP, State.STOP_COPY
+    bench.paths({(State.PRE_COPY, State.STOP_COPY): way})
+
+
+@mutant("ARC-4", "states.stop-to-running-p2p")
+def a_path_stops_one_arc_late(bench: Bench) -> None:
+    bench.paths({(State.STOP, State.RUNNING_P2P): (State.RUNNING_P2P, State.RUNNING)})
+
+
+@mutant("ERROR-1", "states.stop-to-error")
+def error_can_be_asked_for(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        if (mine._state, target) == (State.STOP, 0):
+            mine._enter_error_locked()
+        return original(mine, target)
+
+    bench.set_state(set_state)
+
+
+@mutant("NEXT-5", "states.running-to-none")
+def the_count_of_states_is_one(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        if (mine._state, target) == (State.RUNNING, 8):
+            return Outcome(mine._state, 0, None)
+        return original(mine, target)
+
+    bench.set_state(set_state)
+
+
+@mutant("NEXT-5", "states.running-p2p-to-none")
+def numbers_are_compared_signed(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        if mine._state is State.RUNNING_P2P and target == 0xFFFF_FFFF:
+            return original(mine, State.STOP)
+        return original(mine, target)
+
+    bench.set_state(set_state)
+
+
+@mutant("NEXT-6", "states.stop-copy-to-stop-copy")
+def the_current_state_is_entered_again(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        if mine._state is State.STOP_COPY and target == State.STOP_COPY:
+            original(mine, State.STOP)
+        return original(mine, target)
+
+    bench.set_state(set_state)
+
+
+@mutant("SET-LANDED-12", "states.stop-copy-to-none", others=3)
+def a_refusal_ends_the_session(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        found = original(mine, target)
+        if found.errno == errno.EINVAL and mine._state is State.STOP_COPY:
+            mine._end_session_locked()
+        return found
+
+    bench.set_state(set_state)
+
+
+@mutant("ERROR-3", "states.error-to-running", others=1)
+def a_request_leads_out_of_error(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        if mine._state is State.ERROR and target == State.RUNNING:
+            mine._state = State.RUNNING
+        return original(mine, target)
+
+    bench.set_state(set_state)
+
+
+@mutant("CAP-3", "states.stop-to-pre-copy", caps="stop-copy+p2p")
+def a_state_that_there_is_not_is_taken_for_another(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        full = mine._state is State.STOP and target == State.PRE_COPY
+        return original(mine, State.RUNNING if full else target)
+
+    bench.set_state(set_state)
+
+
+@mutant("ARC-6", "states.stop-copy-to-stop", others=4)
+def a_session_outlives_its_states(bench: Bench) -> None:
+    original = Migration._end_session_locked
+
+    def end_session(mine: Migration) -> None:
+        if mine._state is State.STOP_COPY:
+            mine._migf = None  # nobody will end it
+        original(mine)
+
+    bench.patch(Migration, "_end_session_locked", end_session)
+
+
+@mutant("ARC-7", "states.stop-to-resuming", others=6)
+def resuming_comes_without_a_descriptor(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        before = mine._state
+        found = original(mine, target)
+        if target == State.RESUMING and before is State.STOP:
+            return found._replace(migf=None)
+        return found
+
+    bench.set_state(set_state)
+
+
+# The argument of a request, and failures half way.
+
+
+@mutant("SET-LANDED-9", "combinations.a-refusal-writes-both-fields", others=1)
+def a_refusal_tells_the_state_as_in_v6(bench: Bench) -> None:
+    def change(payload: Payload, result: int) -> None:
+        if result == errno.EINVAL:
+            payload.put(0, bench.migration._state)
+
+    bench.afterwards(lambda asked: asked == (16, SET_STATE), change)
+
+
+@mutant("SET-LANDED-4", "combinations.a-refusal-writes-both-fields", others=1)
+def a_refusal_leaves_data_fd_alone(bench: Bench) -> None:
+    bench.afterwards(
+        lambda asked: asked == (16, SET_STATE),
+        lambda payload, result: payload.put(4, -77) if result == errno.EINVAL else None,
+    )
+
+
+@mutant("SET-LANDED-4", "combinations.success-without-a-session-writes-minus-one", others=1)
+def success_writes_zero_to_data_fd(bench: Bench) -> None:
+    def change(payload: Payload, result: int) -> None:
+        if not result and session_kind(bench.migration._state) is None:
+            payload.put(4, 0)
+
+    bench.afterwards(lambda asked: asked == (16, SET_STATE), change)
+
+
+@mutant("SET-LANDED-8", "combinations.success-writes-the-target")
+def success_tells_the_first_arc(bench: Bench) -> None:
+    def change(payload: Payload, result: int) -> None:
+        if not result and payload.get(0) == State.STOP_COPY:
+            payload.put(0, State.STOP)
+
+    bench.afterwards(lambda asked: asked == (16, SET_STATE), change)
+
+
+@mutant("SET-LANDED-2", "combinations.the-data-fd-of-a-request-is-ignored")
+def a_data_fd_that_is_not_open_is_ebadf(bench: Bench) -> None:
+    def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
+        if look(number, argument) == (16, SET_STATE) and readable(argument, 16):
+            data_fd = Payload(ctypes.addressof(argument)).get(4)
+            return end(errno.EBADF) if data_fd == 0x7FFF_FFFF else call(on, number, argument)
+        return call(on, number, argument)
+
+    bench.ioctl(tamper)
+
+
+@mutant("NEXT-6", "combinations.asking-for-the-current-state-moves-no-byte")
+def asking_again_rewinds_the_stream(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        if mine._state is State.STOP_COPY and target == State.STOP_COPY:
+            assert isinstance(mine._migf, SavingMigf)
+            mine._migf._view = memoryview(b"rewound")
+        return original(mine, target)
+
+    bench.set_state(set_state)
+
+
+@mutant("SET-LANDED-12", "combinations.a-refused-request-leaves-the-stream-alone")
+def a_refusal_skips_bytes(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        if mine._state is State.STOP_COPY and target == 8:
+            assert isinstance(mine._migf, SavingMigf)
+            mine._migf._view = mine._migf._view[1:]
+        return original(mine, target)
+
+    bench.set_state(set_state)
+
+
+@mutant("FAIL-3", "combinations.a-failing-combination-stops-where-it-failed")
+def a_failure_is_rolled_back(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        found = original(mine, target)
+        if found.errno and mine._state is State.RESUMING and target == State.RUNNING:
+            mine._end_session_locked()
+            mine._state = State.RUNNING
+        return found
+
+    bench.set_state(set_state)
+
+
+@mutant("SET-LANDED-2", "combinations.an-argument-that-cannot-be-read-does-nothing")
+def the_device_moves_before_the_argument_is_read(bench: Bench) -> None:
+    original = mig_features.device_state
+
+    def device_state(device: VfioDevice, operation: int, payload: int, caller: Any) -> None:
+        if operation == SET and not caller.check(payload, 8, writable=False):
+            device.migration.set_state(State.STOP)
+        original(device, operation, payload, caller)
+
+    served_as(bench, "MIG_DEVICE_STATE", device_state)
+
+
+@mutant("SESSION-6", "combinations.old-descriptors-do-not-stand-in-the-way")
+def old_descriptors_are_ebusy(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        opened = getattr(mine, "sessions_opened", 0)
+        if target == State.STOP_COPY and mine._state is State.STOP:
+            if opened >= 2:
+                return Outcome(mine._state, errno.EBUSY, None)
+            mine.sessions_opened = opened + 1  # type: ignore[attr-defined]
+        return original(mine, target)
+
+    bench.set_state(set_state)
+    original_reset = Migration.reset
+
+    def reset(mine: Migration) -> int:
+        mine.sessions_opened = 0  # type: ignore[attr-defined]
+        return original_reset(mine)
+
+    bench.patch(Migration, "reset", reset)
+
+
+@mutant("STATE-11", "combinations.a-change-is-finished-when-its-request-returns", others=1)
+def a_state_falls_back_by_itself(bench: Bench) -> None:
+    original = Migration.state
+
+    def state(mine: Migration, *blocks: Any) -> State:
+        told = original(mine, *blocks)
+        if told is State.RUNNING_P2P:
+            mine._state = State.RUNNING
+        return told
+
+    bench.patch(Migration, "state", state)
+
+
+@mutant("SESSION-2", "combinations.the-saving-group-keeps-one-session")
+def p2p_gives_a_new_descriptor(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        found = original(mine, target)
+        if target == State.PRE_COPY_P2P and not found.errno:
+            return found._replace(migf=mine._migf)
+        return found
+
+    bench.set_state(set_state)
+
+
+# Reset.
+
+
+@mutant("RESET-1", "reset.from-stop", others=1)
+def a_reset_of_a_stopped_device_leaves_it_stopped(bench: Bench) -> None:
+    original = Migration.reset
+    bench.patch(Migration, "reset", lambda mine: 0 if mine._state is State.STOP else original(mine))
+
+
+@mutant("RESET-2", "reset.from-stop-copy", others=2, deadline=3.0)
+def a_reset_leaves_the_session_open(bench: Bench) -> None:
+    original = Migration.reset
+
+    def reset(mine: Migration) -> int:
+        if mine._state is State.STOP_COPY:
+            mine._migf = None
+        return original(mine)
+
+    bench.patch(Migration, "reset", reset)
+
+
+@mutant("RESET-2", "reset.a-reset-ends-a-load")
+def a_reset_leaves_the_load_open(bench: Bench) -> None:
+    def write(call: Call, data_fd: int, data: memoryview) -> int:
+        return len(data) if bench.migration._state is State.RUNNING else call(data_fd, data)
+
+    bench.writes.append(write)
+
+
+@mutant("ERROR-6", "reset.from-error")
+def a_reset_does_not_lead_out_of_error(bench: Bench) -> None:
+    original = Migration.reset
+    bench.patch(
+        Migration,
+        "reset",
+        lambda mine: errno.EIO if mine._state is State.ERROR else original(mine),
+    )
+
+
+@mutant("RESET-1", "reset.a-second-reset-is-as-good", others=3)
+def a_running_device_is_not_reset(bench: Bench) -> None:
+    resets: list[int] = []
+
+    def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
+        if number == RESET:
+            resets.append(1)
+            return end(errno.EBUSY) if len(resets) > 1 else call(on, number, argument)
+        if look(number, argument) == (16, SET_STATE):
+            resets.clear()
+        return call(on, number, argument)
+
+    bench.ioctl(tamper)
+
+
+# What cannot be told.
+
+
+@mutant("SET-LANDED-10", "exhaustion.no-descriptor-for-stop-copy", others=4)
+def a_change_without_a_descriptor_is_undone(bench: Bench) -> None:
+    bench.afterwards(lambda asked: asked == (16, SET_STATE), undo(bench, errno.EMFILE))
+
+
+def undo(bench: Bench, wrong: int) -> Callable[[Payload, int], None]:
+    def change(payload: Payload, result: int) -> None:
+        if result == wrong and bench.migration._state is State.STOP_COPY:
+            bench.migration.set_state(State.STOP)
+
+    return change
+
+
+@mutant("SET-LANDED-6", "exhaustion.no-descriptor-for-resuming", others=6)
+def without_a_descriptor_it_is_enomem(bench: Bench) -> None:
+    bench.swap(lambda asked: asked == (16, SET_STATE), {errno.EMFILE: errno.ENOMEM})
+
+
+@mutant("SET-LANDED-11", "exhaustion.emfile-writes-nothing")
+def emfile_writes_minus_one(bench: Bench) -> None:
+    bench.afterwards(
+        lambda asked: asked == (16, SET_STATE),
+        lambda payload, result: payload.put(4, -1) if result == errno.EMFILE else None,
+    )
+
+
+@mutant("RECOVER-6", "exhaustion.leaving-and-entering-gives-the-descriptor")
+def a_lost_descriptor_is_given_later(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        found = original(mine, target)
+        if target == mine._state == State.STOP_COPY:
+            return found._replace(migf=mine._migf)
+        return found
+
+    bench.set_state(set_state)
+
+
+@mutant("SET-LANDED-6", "exhaustion.without-descriptors-other-states-are-reached")
+def stopping_wants_a_descriptor(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        if target == State.STOP and not bench.opened[-1].numbers.nofile:
+            return Outcome(mine._state, errno.EMFILE, None)
+        return original(mine, target)
+
+    bench.set_state(set_state)
+
+
+@mutant("SET-LANDED-7", "exhaustion.a-session-that-cannot-be-told-is-open-all-the-same")
+def a_session_that_cannot_be_told_is_closed(bench: Bench) -> None:
+    def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
+        result = outcome(lambda: call(on, number, argument))
+        if result == errno.EFAULT and bench.migration._state is State.STOP_COPY:
+            bench.migration.set_state(State.STOP)
+        return end(result)
+
+    bench.ioctl(tamper)
+
+
+@mutant("SET-LANDED-4", "exhaustion.an-answer-that-cannot-be-written-hides-success")
+def a_stop_that_cannot_be_told_is_success(bench: Bench) -> None:
+    bench.swap(
+        lambda asked: asked == (16, SET_STATE) and bench.migration._state is State.STOP,
+        {errno.EFAULT: 0},
+    )
+
+
+@mutant("SET-LANDED-4", "exhaustion.an-answer-that-cannot-be-written-hides-a-refusal")
+def a_refusal_is_told_by_its_errno_alone(bench: Bench) -> None:
+    bench.swap(
+        lambda asked: asked == (16, SET_STATE) and bench.migration._state is State.RUNNING,
+        {errno.EFAULT: errno.EINVAL},
+    )

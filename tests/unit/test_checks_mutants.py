@@ -1,0 +1,79 @@
+"""The checks find what is planted: each mutant by the check that names its rule, and few others.
+
+Each test prints its row of the kill table: ``pytest -rP`` shows them all.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+
+from devices.drilled import LEVERS
+from mutants.table import MUTANTS, Bench, Mutant
+from vfiomig.checks import CHECKS, Suite, Verdict, choose
+
+if TYPE_CHECKING:
+    from vfiomig.checks import Report
+
+#: These run the whole suite, and so many checks may find them.
+WHOLE = {
+    "unknown_flags_are_ignored": 2,
+    "the_header_is_taken_by_its_word": 8,
+    "a_page_of_ranges_is_not_the_limit": 1,
+    "flags_are_an_echo_for_ever": 2,
+    "a_refusal_tells_the_target_in_v6": 3,
+}
+
+
+def run(mutant: Mutant, chapters: list[str], monkey: pytest.MonkeyPatch) -> Report:
+    bench = Bench(monkey, mutant.caps, mutant.dialect)
+    mutant.body(bench)
+    try:
+        with Suite(bench.serve(), mutant.name, levers=LEVERS, deadline=mutant.deadline) as suite:
+            return suite.run(choose(chapters))
+    finally:
+        mutant.release()
+        bench.end()
+
+
+def found(report: Report) -> list[str]:
+    verdicts = (Verdict.FAIL, Verdict.DEVIATES)
+    return [result.check.id for result in report.results if result.verdict in verdicts]
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "vfiomig")
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_found_by_the_check_that_names_its_rule(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant = MUTANTS[name]
+    chapter = mutant.caught_by.partition(".")[0]
+    caught = found(run(mutant, [chapter], monkeypatch))
+    print(f"{name:<52} {mutant.rule:<14} {', '.join(caught)}")
+    assert mutant.caught_by in caught
+    assert len(caught) <= 1 + mutant.others, caught
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_other_chapters_do_not_mind(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant = MUTANTS[name]
+    caught = found(run(mutant, [], monkeypatch))
+    assert mutant.caught_by in caught
+    assert len(caught) <= WHOLE[name], caught
+
+
+def test_every_rule_of_a_mutant_is_one_that_its_check_cites() -> None:
+    cited = {check.id: check.rules for check in CHECKS}
+    wrong = [
+        (mutant.name, mutant.rule, cited[mutant.caught_by])
+        for mutant in MUTANTS.values()
+        if mutant.rule not in cited[mutant.caught_by]
+    ]
+    assert wrong == []
+    assert len(MUTANTS) >= 40

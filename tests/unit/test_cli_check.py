@@ -1,0 +1,147 @@
+"""``vfiomig check`` as a user meets it: what it prints, what it writes, and its exit codes."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from vfiomig.checks import CHAPTERS, CHECKS
+from vfiomig.cli.app import main
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DEVICES = Path(__file__).parents[1] / "devices"
+
+#: Its STOP_COPY ends with a temporary end.
+BAD = """
+from vfiomig import Device
+
+class Bad(Device):
+    def load(self, state):
+        pass
+    def save(self):
+        return [b"state"]
+    def reset(self):
+        raise ValueError("it has a bug")
+"""
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> str:
+    file = tmp_path / "bad.py"
+    file.write_text(BAD)
+    return f"model:{file}:Bad"
+
+
+def check(*arguments: str | Path) -> int:
+    return main(["check", *map(str, arguments)])
+
+
+def test_a_good_device_is_0_and_its_evidence_is_on_stdout_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert check("model:counter", "--only", "states", "--only", "size") == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("model:counter: calls in this process")
+    assert output.err.splitlines() == ["states: 45 pass, 27 not applicable", "size: 4 pass"]
+
+
+def test_a_check_that_fails_is_1(
+    bad: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert check(bad, "--only", "reset.from-stop") == 1
+    assert "fail reset.from-stop" in capsys.readouterr().out
+    assert "reset() raised" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "name a device: vfiomig check /dev/vfio/devices/vfio0, or model:counter"),
+        (("model:nothing",), "no device is called 'nothing'"),
+        (("/dev/vfio/devices/vfio77",), "vfio77 cannot be opened: ENOENT"),
+        (("model:counter", "--only", "nothing"), "no check is called 'nothing'"),
+        (("model:counter", "--skip", "nothing"), "no check is called 'nothing'"),
+        (("--explain", "states"), "no check is called 'states'"),
+        (("model:counter", "--state-limit", "much"), "--state-limit: 'much' is no whole number"),
+        (("model:counter", "--html", "/nowhere/x.html"), "--html /nowhere/x.html: give the path"),
+        (("model:counter", "--junit", "/"), "--junit /: give the path of a file"),
+    ],
+)
+def test_usage_and_targets_that_are_not_there_are_2_in_one_line(
+    arguments: Sequence[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(*arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert sentence in line
+
+
+def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("model:counter", "--only", "sessions", "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["target"] == "model:counter"
+    assert data["summary"]["fail"] == 0
+    assert {check["id"].partition(".")[0] for check in data["checks"]} == {"sessions"}
+
+
+def test_reports_are_written_beside_what_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    junit, html = tmp_path / "junit.xml", tmp_path / "page.html"
+    assert check("model:counter", "--only", "size", "--junit", junit, "--html", html) == 0
+    assert capsys.readouterr().out
+    (suite,) = ET.parse(junit).getroot()
+    assert suite.get("tests") == "4"
+    assert "model:counter" in html.read_text()
+
+
+def test_without_its_extra_the_page_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def bare(name: str, *rest: Any) -> Any:
+        if name == "vfiomig.report.html":
+            raise ModuleNotFoundError("no jinja2", name="jinja2")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", bare)
+    assert check("model:counter", "--html", tmp_path / "page.html") == 2
+    output = capsys.readouterr()
+    assert output.err == "vfiomig: --html needs jinja2: pip install 'vfiomig[report]'\n"
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_the_list_has_every_check_and_opens_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {row.id for row in CHECKS} <= {line.strip() for line in lines}
+    assert {chapter.name for chapter in CHAPTERS} <= {line.partition(":")[0] for line in lines}
+    assert check("--list", "--only", "size") == 0
+    assert "states" not in capsys.readouterr().out
+
+
+def test_a_check_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("--explain", "states.stop-copy-to-pre-copy") == 0
+    text = capsys.readouterr().out
+    for part in (
+        "states.stop-copy-to-pre-copy",
+        "refused with EINVAL",
+        "docs/protocol.md, PATH-4",
+        "include/uapi/linux/vfio.h, enum vfio_device_mig_state",
+        "FAULT-1",
+    ):
+        assert part in text
+
+
+def test_v6_is_checked_where_a_model_is_served_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check("model:counter", "--dialect", "v6", "--only", "v6", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["summary"]["pass"] == 11
