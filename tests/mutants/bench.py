@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from devices.drilled import Drilled
 from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import Dialect
+from vfiomig.client.connecting import connect
 from vfiomig.client.local import LocalTransport
-from vfiomig.client.opening import connect
 from vfiomig.core.migration import Migration, Outcome
 from vfiomig.core.transfer import Migf
 from vfiomig.core.vfio_device import VfioDevice

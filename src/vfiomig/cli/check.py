@@ -51,7 +51,8 @@ def check(
     Parameters
     ----------
     target:
-        /dev/vfio/devices/vfioN, vfio-user:PATH, or model:SPEC for a device of this program's own.
+        /dev/vfio/devices/vfioN, /dev/vfio/GROUP[:NAME], a PCI address, an mdev uuid,
+        vfio-user:PATH, or model:SPEC for a device of this program's own.
     only:
         Run these checks: an id, a chapter, or a pattern such as 'resuming.cut*'; may be repeated.
     skip:

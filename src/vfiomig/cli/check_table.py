@@ -39,19 +39,16 @@ TOLD: Final = (Verdict.FAIL, Verdict.DEVIATES)
 
 
 class Progress:
-    """A bar on stderr; where that is no terminal, a line for each chapter that is done."""
+    """A bar on stderr; nothing where that is no terminal."""
 
     def __init__(self, checks: Sequence[Check]) -> None:
-        self._left = Counter(check.chapter for check in checks)
-        self._counts: Counter[Verdict] = Counter()
-        self._terminal = sys.stderr.isatty()
         self._bar = RichProgress(
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
             console=Console(file=sys.stderr),
             transient=True,
-            disable=not self._terminal,
+            disable=not sys.stderr.isatty(),
         )
         self._task = self._bar.add_task("", total=len(checks))
 
@@ -66,16 +63,8 @@ class Progress:
         """Take note of a check that begins, or of what came of it."""
         if isinstance(event, Check):
             self._bar.update(self._task, description=event.id)
-            return
-        self._bar.advance(self._task)
-        chapter = event.check.chapter
-        self._counts[event.verdict] += 1
-        self._left[chapter] -= 1
-        if self._left[chapter]:
-            return
-        if not self._terminal:
-            print(f"{chapter}: {_counted(self._counts)}", file=sys.stderr)
-        self._counts.clear()
+        else:
+            self._bar.advance(self._task)
 
 
 def _counted(counts: Counter[Verdict]) -> str:
