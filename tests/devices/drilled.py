@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vfiomig import Device, DeviceError, PrecopyInfo, Region, State, StateRejected
+from vfiomig.abi import pci, vfio
 from vfiomig.checks import Levers
 from vfiomig.errors import RequestError
 from vfiomig.fsm import SAVING_GROUP, parse_capabilities
@@ -31,6 +32,7 @@ CHECKSUM = struct.Struct("<I")
 STATE_SIZE = len(MAGIC) + 2 * RECORD.size + 16 + SIZE + len(END) + CHECKSUM.size
 #: What BAR2 holds before a write to BAR4: an IOVA, a length, and bytes to be written there.
 COMMAND = struct.Struct("<QQ")
+CONFIG = vfio.VFIO_PCI_CONFIG_REGION_INDEX
 WRITE, FAIL = b"\1", b"\0"
 
 
@@ -126,6 +128,8 @@ def enter_error(subject: Subject) -> None:
 
 
 def write_by_dma(subject: Subject, iova: int, data: bytes) -> None:
+    command = pci.PCI_COMMAND_MEMORY | pci.PCI_COMMAND_MASTER
+    subject.client.write_region(CONFIG, pci.PCI_COMMAND, command.to_bytes(2, "little"))
     subject.client.write_region(2, 0, COMMAND.pack(iova, len(data)) + data)
     subject.client.write_region(4, 0, WRITE)
 
