@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from qemu_pair import SWITCH_AT_ONCE, VfioGuest, witnessed
+from qemu_pair import FIRMWARE_ONLY, SWITCH_AT_ONCE, witnessed
+from qemu_plugged import HOT_PLUG_BUSES, PluggedGuest
 from vfiomig.errors import GuestEnded
-from vfiomig.qemu.machine import Machine
 from vfiomig.qemu.migration import migrate
 
 if TYPE_CHECKING:
@@ -34,10 +35,13 @@ def kvm_opens() -> bool:
 
 def start(
     parts: GuestParts, tmp_path: Path, name: str, accel: str, *, incoming: bool = False
-) -> VfioGuest:
+) -> PluggedGuest:
+    """Start a machine with the first of two devices."""
     specs = [witnessed(size=SIZE, seed=seed) for seed in SEEDS[name]]
-    machine = Machine(memory_mib=64, accel=accel, cpu=CPU)
-    return VfioGuest(parts.qemu, tmp_path, name, specs, machine=machine, incoming=incoming)
+    machine = replace(FIRMWARE_ONLY, accel=accel, cpu=CPU)
+    return PluggedGuest(
+        parts.qemu, tmp_path, name, specs, machine=machine, incoming=incoming, cold=1
+    )
 
 
 def assert_refused(parts: GuestParts, tmp_path: Path, accel: str) -> None:
@@ -48,7 +52,7 @@ def assert_refused(parts: GuestParts, tmp_path: Path, accel: str) -> None:
     assert "vfiomig" not in str(ended.value)
 
 
-def test_a_machine_under_kvm_comes_to_the_end_of_its_firmware_and_migrates(
+def test_a_machine_under_kvm_gets_a_device_when_its_firmware_has_ended_and_migrates(
     parts: GuestParts, tmp_path: Path
 ) -> None:
     if not kvm_opens():
@@ -61,11 +65,14 @@ def test_a_machine_under_kvm_comes_to_the_end_of_its_firmware_and_migrates(
     ):
         assert source.qmp.execute("query-kvm") == {"enabled": True, "present": True}
         source.wait_firmware()
+        for guest in (source, target):
+            guest.plug(1, HOT_PLUG_BUSES["q35"][0])
         migrate(source.qmp, target.qmp, f"unix:{tmp_path}/link", parameters=SWITCH_AT_ONCE)
         target.wait_status("running")
+        target.unplug(1)
         assert (source.finish(), target.finish()) == (0, 0)
         for guest in (source, target):
-            assert "Failed to add fd" not in guest.said
+            assert "KVM VFIO device" not in guest.said  # failed to add, or to remove, a descriptor
             assert "vfiomig" not in guest.said
     for number in range(len(SEEDS["source"])):
         left = source.digest(number, "stopped")
