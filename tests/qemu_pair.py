@@ -96,7 +96,7 @@ class VfioGuest(Guest):
         status: str = self.qmp.execute("query-status")["status"]
         return status
 
-    def wait_status(self, wanted: str, *, timeout: float = 10) -> None:
+    def wait_status(self, wanted: str, *, timeout: float = 30) -> None:
         """Wait until QEMU says this of its machine."""
         deadline = time.monotonic() + timeout
         while (status := self.status) != wanted:
@@ -104,7 +104,7 @@ class VfioGuest(Guest):
                 raise GuestTimeout(f"the machine is {status}, not {wanted}, after {timeout} s")
             time.sleep(_POLL_S)
 
-    def wait_firmware(self, *, timeout: float = 20) -> None:
+    def wait_firmware(self, *, timeout: float = 60) -> None:
         """Wait until the firmware has set up all that there is, and found no system to start."""
         deadline = time.monotonic() + timeout
         while _FIRMWARE_ENDS not in self._firmware.read_bytes():

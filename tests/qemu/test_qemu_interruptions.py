@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SIZE = 256 << 10
 SEEDS = {"source": 1, "target": 101}
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 #: 1 KB may be left for the switch, and the device offers none of its memory before it.
 NEVER = {"avail-switchover-bandwidth": 1 << 20, "downtime-limit": 1}
 
