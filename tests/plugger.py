@@ -63,7 +63,7 @@ def main() -> int:
     with monitor_there:
         os.set_inheritable(monitor_there.fileno(), True)
         words = ["-chardev", f"socket,id=plugger,fd={monitor_there.fileno()}"]
-        words += ["-mon", "chardev=plugger,mode=control"]
+        words += ["-qmp", "chardev:plugger"]
         # With the descriptors that vfiomig run put in place of {dev0} and {iommu}.
         qemu = subprocess.Popen([*sys.argv[2:], *words], close_fds=False)
     threading.Thread(target=_serve, args=(control, Qmp(monitor)), daemon=True).start()

@@ -1,4 +1,4 @@
-"""What guests are made of, fetched: QEMU, a distribution kernel and busybox.
+"""What guests are made of, fetched: QEMU, a distribution kernel and busybox, and lspci.
 
 Nothing is installed and nobody has to be root. ``python -m vmtest fetch`` downloads them into a
 cache folder; ``python -m vmtest boot -- COMMAND`` boots them, runs a command in the guest and ends

@@ -12,9 +12,9 @@ from typing import Final
 from vfiomig.errors import SpecError, VfioMigError
 from vfiomig.qemu.guest import Guest
 from vfiomig.qemu.initrd import DEFAULT_MODULES, build_initrd
-from vfiomig.qemu.installed import GuestFiles, cache_folder
+from vfiomig.qemu.installed import VFIO_USER_QEMU, GuestFiles, cache_folder
 from vfiomig.qemu.machine import DEFAULT_ACCEL, Machine
-from vmtest.fetch import choose_qemu, fetch_guest_files, say
+from vmtest.fetch import choose_qemu, fetch_guest_files, fetch_lspci, say
 
 #: As env, nice and their like: no exit status of the command itself.
 _OWN_FAILURE: Final = 125
@@ -25,12 +25,16 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--qemu", type=Path, help="this QEMU, 10.0 or later")
-    verbs.add_parser(
+    fetch = verbs.add_parser(
         "fetch",
         parents=[shared],
         help="download what is missing and say where it is",
-        description="Download QEMU (unless one on the PATH will do), a kernel and busybox into "
-        "$VFIOMIG_CACHE, $XDG_CACHE_HOME/vfiomig or ~/.cache/vfiomig.",
+        description="Download QEMU (unless one on the PATH will do), a newer one that is a "
+        "vfio-user client, a kernel, busybox and lspci into $VFIOMIG_CACHE, "
+        "$XDG_CACHE_HOME/vfiomig or ~/.cache/vfiomig.",
+    )
+    fetch.add_argument(
+        "--demo", action="store_true", help="no more than make demo-qemu needs, which is less"
     )
     boot = verbs.add_parser(
         "boot",
@@ -58,6 +62,9 @@ def _fetch(options: argparse.Namespace) -> int:
     print(f"qemu {choose_qemu(options.qemu, cache)}")
     files = fetch_guest_files(cache)
     print(f"kernel {files.kernel}\nmodules {files.modules}\nbusybox {files.busybox}")
+    if not options.demo:
+        print(f"qemu for vfio-user {choose_qemu(None, cache, VFIO_USER_QEMU)}")
+        print(f"lspci {fetch_lspci(cache)}")
     return 0
 
 

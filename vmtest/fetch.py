@@ -2,8 +2,9 @@
 
 Theory of operation
 -------------------
-Two sets of packages are fetched: QEMU with all its libraries and firmware, and what runs in the
-guest (a kernel with its modules, busybox). A set is a folder in the cache. It is built under
+Sets of packages are fetched: a QEMU with all its libraries and firmware, a newer one that is a
+vfio-user client, what runs in the guest (a kernel with its modules, busybox), and lspci for the
+guest. A set is a folder in the cache. It is built under
 another name and renamed when it is complete, so that whoever sees it can use it; what was
 downloaded for a set that did not become complete is still there for the next try. One process
 at a time builds; a second one waits and then finds the work done.
@@ -11,12 +12,13 @@ at a time builds; a second one waits and then finds the work done.
 QEMU is started with the C library and the loader of its own folder. Both come out of one
 resolution, so this works on every machine whose kernel runs them, and nothing of the machine's
 own libraries is mixed in. The launcher script that does it is a QEMU like any other to whoever
-is given its path.
+is given its path. In the same way lspci runs in a guest, which has no libraries at all.
 """
 
 from __future__ import annotations
 
 import fcntl
+import re
 import shutil
 import subprocess
 import sys
@@ -28,8 +30,9 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from vfiomig.errors import PrerequisiteError
 from vfiomig.qemu.installed import (
     GUEST_SET,
+    MIGRATING_QEMU,
     PROGRAM,
-    QEMU_SET,
+    VFIO_USER_QEMU,
     cached_guest_files,
     cached_qemu,
     find_qemu,
@@ -41,9 +44,9 @@ from vmtest.packages import Repository, unpack
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from vfiomig.qemu.installed import GuestFiles
+    from vfiomig.qemu.installed import GuestFiles, QemuSet
 
-__all__ = ("choose_qemu", "fetch_guest_files", "fetch_qemu", "say")
+__all__ = ("choose_qemu", "fetch_guest_files", "fetch_lspci", "fetch_qemu", "lspci_files", "say")
 
 _LOCK_DEADLINE_S: Final = 900
 _LOCK_POLL_S: Final = 0.2
@@ -55,6 +58,24 @@ _FRESH_S: Final = 3600
 
 #: Where a release's own QEMU or kernel is too old (10.0, and 6.8 for vfio's sample drivers).
 _BACKPORTS: Final = {"bookworm": ("bookworm", "bookworm-backports")}
+#: What another release than the machine's has to be.
+_OTHER_SUITES: Final = {VFIO_USER_QEMU: ("trixie", "trixie-backports")}
+
+#: The file of a set that names its packages.
+_LISTING: Final = "packages"
+
+_LIBRARIES: Final = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
+_LOADER: Final = "ld-linux-x86-64.so.2"
+#: What a QEMU's packages have for people, and no program reads.
+_UNREAD: Final = ("doc", "info", "locale", "man")
+
+#: lspci, the loader and the libraries, all in one folder.
+_LSPCI_SET: Final = "lspci-1"
+_LSPCI: Final = "lspci.program"
+_LSPCI_LAUNCHER: Final = f"""\
+#!/bin/sh
+exec /bin/{_LOADER} --library-path /bin /bin/{_LSPCI} "$@"
+"""
 
 _LAUNCHER: Final = """\
 #!/bin/sh
@@ -68,24 +89,45 @@ exec "$here/root/{loader}" --inhibit-cache --library-path "$libraries" --argv0 "
 """
 
 
-def choose_qemu(given: Path | None, cache: Path) -> Path:
+def choose_qemu(given: Path | None, cache: Path, which: QemuSet = MIGRATING_QEMU) -> Path:
     """Return ``given``, or a QEMU that is there already, or else fetch one."""
     try:
-        return find_qemu(given, cache)
+        return find_qemu(given, cache, which)
     except PrerequisiteError:
         if given is not None:
             raise
-        return fetch_qemu(cache)
+        return fetch_qemu(cache, which)
 
 
-def fetch_qemu(cache: Path) -> Path:
+def fetch_qemu(cache: Path, which: QemuSet = MIGRATING_QEMU) -> Path:
     """Return the program that starts the cache's QEMU, fetching it if it is not there."""
-    return _fetched(cache, cached_qemu, _build_qemu)
+    return _fetched(
+        cache,
+        lambda cache: cached_qemu(cache, which),
+        lambda cache: _build_qemu(cache, which),
+    )
 
 
 def fetch_guest_files(cache: Path) -> GuestFiles:
     """Return the cache's kernel, modules and busybox, fetching them if they are not there."""
     return _fetched(cache, cached_guest_files, _build_guest_files)
+
+
+def fetch_lspci(cache: Path) -> Path:
+    """Return the cache's folder with lspci and its libraries, fetching it if it is not there."""
+
+    def look(cache: Path) -> Path | None:
+        folder = cache / _LSPCI_SET
+        return folder if folder.exists() else None
+
+    return _fetched(cache, look, _build_lspci)
+
+
+def lspci_files(folder: Path) -> dict[str, bytes]:
+    """Return what a guest's initrd needs to have lspci, by path."""
+    files = {f"bin/{path.name}": path.read_bytes() for path in sorted(folder.iterdir())}
+    del files[f"bin/{_LISTING}"]
+    return files | {"bin/lspci": _LSPCI_LAUNCHER.encode()}
 
 
 def say(line: str, *, again: bool = False) -> None:
@@ -109,13 +151,18 @@ def _fetched(cache: Path, look: Callable[[Path], T | None], build: Callable[[Pat
     return there
 
 
-def _build_qemu(cache: Path) -> None:
-    repository = _repository(cache)
-    archives = _download(repository, "QEMU", repository.closure("qemu-system-x86"))
-    with _under_construction(cache / QEMU_SET, archives) as new:
-        unpack(archives, new / "root")
+def _build_qemu(cache: Path, which: QemuSet) -> None:
+    suites = _OTHER_SUITES.get(which)
+    repository = _repository(cache, suites)
+    what = f"QEMU of {suites[-1]}" if suites else "QEMU"
+    archives = _download(repository, what, repository.closure("qemu-system-x86"))
+    with _under_construction(cache / which.folder, archives) as new:
+        root = new / "root"
+        unpack(archives, root)
+        for unread in _UNREAD:
+            shutil.rmtree(root / "usr/share" / unread, ignore_errors=True)
         launcher = new / PROGRAM
-        launcher.write_text(_LAUNCHER.format(loader=_loader_in(new / "root")))
+        launcher.write_text(_LAUNCHER.format(loader=_loader_in(root).relative_to(root)))
         launcher.chmod(0o755)
         _prove(launcher)
 
@@ -140,25 +187,45 @@ def _build_guest_files(cache: Path) -> None:
         shutil.rmtree(root)
 
 
-def _repository(cache: Path) -> Repository:
-    suites = _suites(Path("/etc/os-release").read_text())
-    repository = Repository(cache / "apt", suites)
+def _build_lspci(cache: Path) -> None:
+    repository = _repository(cache)
+    archives = _download(repository, "lspci", repository.closure("pciutils"))
+    with _under_construction(cache / _LSPCI_SET, archives) as new:
+        root = new / "root"
+        unpack(archives, root)
+        loader = _loader_in(root)
+        for path in (loader, *_libraries_of(root / "usr/bin/lspci", loader, root)):
+            shutil.copyfile(path, new / path.name)
+        (root / "usr/bin/lspci").rename(new / _LSPCI)
+        shutil.rmtree(root)
+
+
+def _repository(cache: Path, suites: Sequence[str] | None = None) -> Repository:
+    """Return the machine's own suites, or ``suites`` of the mirror that it has these from."""
+    release = _release(Path("/etc/os-release").read_text())
+    folder = "apt" if suites is None else f"apt-{suites[0]}"
+    suites = _suites(release) if suites is None else suites
+    repository = Repository(cache / folder, suites, release)
     if repository.age() > _FRESH_S:
         say(f"reading the package lists of {' and '.join(suites)}")
         repository.refresh()
     return repository
 
 
-def _suites(os_release: str) -> Sequence[str]:
-    """Return the suites of this machine's release in which everything is new enough."""
+def _release(os_release: str) -> str:
     fields = dict(line.split("=", 1) for line in os_release.splitlines() if "=" in line)
     codename = fields.get("VERSION_CODENAME", "").strip('"')
     if fields.get("ID", "").strip('"') != "debian" or not codename:
         raise FetchError(
             f"packages are fetched on Debian only, and this is {fields.get('ID', 'unknown')}: "
-            "put a QEMU 10.0 or later on the PATH, and pass --kernel and --busybox"
+            "put a QEMU 11.0 or later on the PATH, and pass --kernel and --busybox"
         )
-    return _BACKPORTS.get(codename, (codename,))
+    return codename
+
+
+def _suites(release: str) -> Sequence[str]:
+    """Return the suites of this machine's release in which everything is new enough."""
+    return _BACKPORTS.get(release, (release,))
 
 
 def _download(repository: Repository, what: str, selected: Sequence[str]) -> list[Path]:
@@ -174,11 +241,23 @@ def _download(repository: Repository, what: str, selected: Sequence[str]) -> lis
 
 def _loader_in(root: Path) -> Path:
     # The link in /lib64 may be absolute and then names the machine's own.
-    for place in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"):
-        loader = root / place / "ld-linux-x86-64.so.2"
+    for place in _LIBRARIES:
+        loader = root / place / _LOADER
         if loader.exists():
-            return loader.relative_to(root)
-    raise FetchError(f"no ld-linux-x86-64.so.2 in {root}: remove the folder and fetch again")
+            return loader
+    raise FetchError(f"no {_LOADER} in {root}: remove the folder and fetch again")
+
+
+def _libraries_of(program: Path, loader: Path, root: Path) -> list[Path]:
+    """Return what the loader would load for a program, all of it in ``root``."""
+    places = ":".join(str(root / place) for place in _LIBRARIES)
+    options = ["--inhibit-cache", "--library-path", places, "--list"]
+    command = [str(loader), *options, str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    found = [Path(path) for path in re.findall(r" => (\S+) \(0x", done.stdout)]
+    if done.returncode or not all(path.is_relative_to(root) for path in found):
+        raise FetchError(f"{program.name} lacks a library: {(done.stdout + done.stderr).strip()}")
+    return found
 
 
 def _prove(launcher: Path) -> None:
@@ -201,7 +280,7 @@ def _under_construction(folder: Path, archives: Sequence[Path]) -> Iterator[Path
     new.mkdir()
     say(f"unpacking into {folder}")
     yield new
-    (new / "packages").write_text("".join(f"{archive.name}\n" for archive in archives))
+    (new / _LISTING).write_text("".join(f"{archive.name}\n" for archive in archives))
     new.rename(folder)
     for archive in archives:
         archive.unlink()

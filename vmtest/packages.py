@@ -74,8 +74,11 @@ class Archive:
 class Repository:
     """Suites of the machine's own mirror, seen by an apt that knows of nothing installed."""
 
-    def __init__(self, folder: Path, suites: Sequence[str]) -> None:
-        """Prepare ``folder``; of equal packages the one in the last of ``suites`` is taken."""
+    def __init__(self, folder: Path, suites: Sequence[str], release: str) -> None:
+        """Prepare ``folder``; of equal packages the one in the last of ``suites`` is taken.
+
+        ``release`` is the machine's own, which its sources name a mirror for.
+        """
         for program in ("apt-get", "dpkg-deb"):
             if shutil.which(program) is None:
                 raise FetchError(
@@ -84,6 +87,7 @@ class Repository:
                 )
         self._folder = folder
         self._suites = tuple(suites)
+        self._release = release
         self._write_configuration()
 
     def age(self) -> float:
@@ -96,10 +100,10 @@ class Repository:
         # In a folder without lists, so that sources are named that this machine never read.
         lists = f"Dir::State::lists={self._folder}/lists"
         command = ["apt-get", "-o", lists, "-o", "Debug::NoLocking=1", "update", "--print-uris"]
-        mirror = mirror_of(_run(command), self._suites[0])
+        mirror = mirror_of(_run(command), self._release)
         if mirror is None:
             raise FetchError(
-                f"no source of this machine's apt offers {self._suites[0]}: "
+                f"no source of this machine's apt offers {self._release}: "
                 "add the distribution's mirror to its sources"
             )
         options = "target=Packages"

@@ -8,6 +8,7 @@ import pytest
 
 from vfiomig.errors import PrerequisiteError
 from vfiomig.qemu.installed import (
+    VFIO_USER_QEMU,
     GuestFiles,
     cache_folder,
     cached_guest_files,
@@ -99,6 +100,18 @@ def test_a_qemu_that_was_asked_for_is_taken_or_refused_but_not_replaced(choice: 
     old = program(choice.cache / "old", "QEMU emulator version 8.2.2")
     with pytest.raises(PrerequisiteError, match=r"is QEMU 8\.2, and 10\.0 or later is needed"):
         find_qemu(old, choice.cache)
+
+
+def test_a_qemu_that_will_do_for_one_thing_is_too_old_for_another(choice: Choice) -> None:
+    program(choice.there, "QEMU emulator version 10.2.1")
+    newer = choice.cache / VFIO_USER_QEMU.folder / "qemu-system-x86_64"
+    with pytest.raises(PrerequisiteError, match=r"is QEMU 10\.2, and 11\.0 or later is needed"):
+        find_qemu(None, choice.cache, VFIO_USER_QEMU)
+    newer.parent.mkdir()
+    assert find_qemu(None, choice.cache, VFIO_USER_QEMU) == newer
+    assert find_qemu(None, choice.cache) == choice.there
+    program(choice.there, "QEMU emulator version 11.0.0")
+    assert find_qemu(None, choice.cache, VFIO_USER_QEMU) == choice.there
 
 
 def test_without_any_qemu_the_next_step_is_said(choice: Choice) -> None:

@@ -30,6 +30,14 @@ def test_a_machine_is_emulated_and_its_memory_can_be_shared() -> None:
     assert ("-m", "512M") in given
 
 
+def test_memory_may_be_out_of_reach_for_another_process() -> None:
+    given = options(words_for(Machine(memory_mib=512, shared_memory=False)))
+    assert [value for word, value in given if word == "-object"] == [
+        "memory-backend-ram,id=ram,size=512M"
+    ]
+    assert ("-machine", "q35,memory-backend=ram") in given
+
+
 def test_monitor_console_and_shell_are_where_the_host_expects_them() -> None:
     given = options(words_for(Machine()))
     assert ("-chardev", "socket,id=monitor,fd=7") in given

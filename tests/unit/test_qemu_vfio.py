@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
-from vfiomig.qemu.vfio import run_words, vfio_words
+from vfiomig.qemu.vfio import run_words, vfio_user_words, vfio_words
 
 
 def test_every_device_has_its_descriptor_and_all_share_one_iommufd() -> None:
@@ -17,6 +19,18 @@ def test_every_device_has_its_descriptor_and_all_share_one_iommufd() -> None:
         "-device",
         "vfio-pci,id=v1,fd={dev1},iommufd=iommufd0,x-pre-copy-dirty-page-tracking=off",
     ]
+
+
+def test_a_device_behind_a_socket_is_told_in_json_whatever_its_path() -> None:
+    path = Path('/tmp/a,"b')
+    word, value = vfio_user_words([path], x_send_queued=True)
+    assert word == "-device"
+    assert json.loads(value) == {
+        "driver": "vfio-user-pci",
+        "id": "v0",
+        "socket": {"type": "unix", "path": str(path)},
+        "x-send-queued": True,
+    }
 
 
 def test_the_words_in_front_serve_each_device_in_its_order() -> None:

@@ -91,7 +91,7 @@ class Machine:
             listing.write(f"'http://mirror.example/{name}' {name} {len(content)} SHA256:{digest}\n")
 
     def repository(self) -> Repository:
-        return Repository(self.folder / "apt", SUITES)
+        return Repository(self.folder / "apt", SUITES, SUITES[0])
 
 
 @pytest.fixture
@@ -133,6 +133,17 @@ def test_sources_are_the_machines_mirror_with_these_suites(machine: Machine) -> 
     assert [line.partition("] ")[2] for line in lines] == [
         "http://mirror.example/debian bookworm main",
         "http://mirror.example/debian bookworm-backports main",
+    ]
+
+
+def test_suites_of_another_release_come_from_the_mirror_of_the_machines_own(
+    machine: Machine,
+) -> None:
+    Repository(machine.folder / "apt", ["trixie", "trixie-backports"], "bookworm").refresh()
+    lines = (machine.folder / "apt/sources.list").read_text().splitlines()
+    assert [line.partition("] ")[2] for line in lines] == [
+        "http://mirror.example/debian trixie main",
+        "http://mirror.example/debian trixie-backports main",
     ]
 
 

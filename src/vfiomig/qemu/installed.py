@@ -5,7 +5,8 @@ Theory of operation
 A QEMU is taken from where the user says, from the PATH, or from the cache folder, into which
 ``python -m vmtest fetch`` unpacks one. The one that the user names is never replaced by another;
 one on the PATH that is too old is passed over. What is older than 10.0 lacks what a vfio-pci
-device on a passed descriptor needs to migrate.
+device on a passed descriptor needs to migrate; what is older than 11.0 is no vfio-user client,
+or an early one.
 
 A set in the cache folder appears complete or not at all, so that it is there is all that is
 asked. The number in its name is that of its layout: what an older program built is not taken for
@@ -26,9 +27,11 @@ from vfiomig.errors import PrerequisiteError
 
 __all__ = (
     "GUEST_SET",
+    "MIGRATING_QEMU",
     "PROGRAM",
-    "QEMU_SET",
+    "VFIO_USER_QEMU",
     "GuestFiles",
+    "QemuSet",
     "cache_folder",
     "cached_guest_files",
     "cached_qemu",
@@ -37,11 +40,20 @@ __all__ = (
 )
 
 PROGRAM: Final = "qemu-system-x86_64"
-_OLDEST: Final = (10, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class QemuSet:
+    """A QEMU with its libraries and firmware: its folder in the cache, and what is as good."""
+
+    folder: str
+    oldest: tuple[int, int]
+
 
 _LAYOUT: Final = 1
-#: Folders in the cache: QEMU with its libraries and firmware, and what runs in the guest.
-QEMU_SET: Final = f"qemu-{_LAYOUT}"
+MIGRATING_QEMU: Final = QemuSet(f"qemu-{_LAYOUT}", oldest=(10, 0))
+VFIO_USER_QEMU: Final = QemuSet(f"qemu-vfio-user-{_LAYOUT}", oldest=(11, 0))
+#: The folder in the cache with what runs in the guest.
 GUEST_SET: Final = f"guest-{_LAYOUT}"
 
 
@@ -64,9 +76,9 @@ def cache_folder() -> Path:
     return Path.home() / ".cache/vfiomig"
 
 
-def cached_qemu(cache: Path) -> Path | None:
+def cached_qemu(cache: Path, which: QemuSet = MIGRATING_QEMU) -> Path | None:
     """Return the program that starts the cache's QEMU, if there is one."""
-    folder = cache / QEMU_SET
+    folder = cache / which.folder
     return folder / PROGRAM if folder.exists() else None
 
 
@@ -78,7 +90,7 @@ def cached_guest_files(cache: Path) -> GuestFiles | None:
     return GuestFiles(folder / "kernel", folder / "busybox", folder / "modules")
 
 
-def find_qemu(given: Path | None, cache: Path) -> Path:
+def find_qemu(given: Path | None, cache: Path, which: QemuSet = MIGRATING_QEMU) -> Path:
     """Return the QEMU to use: ``given``, or one on the PATH that is new enough, or the cache's.
 
     Raises:
@@ -86,28 +98,29 @@ def find_qemu(given: Path | None, cache: Path) -> Path:
     """
     if given is not None:
         version = version_of(given)
-        if version < _OLDEST:
-            raise PrerequisiteError(_lacking(_too_old(given, version), cache))
+        if version < which.oldest:
+            raise PrerequisiteError(_lacking(_too_old(given, version), cache, which))
         return given
     problem = f"there is no {PROGRAM} on the PATH"
     if found := shutil.which(PROGRAM):
         version = version_of(Path(found))
-        if version >= _OLDEST:
+        if version >= which.oldest:
             return Path(found)
         problem = _too_old(found, version)
-    if cached := cached_qemu(cache):
+    if cached := cached_qemu(cache, which):
         return cached
-    raise PrerequisiteError(_lacking(problem, cache))
+    raise PrerequisiteError(_lacking(problem, cache, which))
 
 
 def _too_old(program: Path | str, version: tuple[int, int]) -> str:
     return f"{program} is QEMU {version[0]}.{version[1]}"
 
 
-def _lacking(problem: str, cache: Path) -> str:
+def _lacking(problem: str, cache: Path, which: QemuSet) -> str:
+    major, minor = which.oldest
     return (
-        f"{problem}, and 10.0 or later is needed: put one on the PATH, or let python -m vmtest "
-        f"fetch, or make demo-qemu, in a checkout of vfiomig unpack one into {cache}"
+        f"{problem}, and {major}.{minor} or later is needed: put one on the PATH, or let python -m "
+        f"vmtest fetch, or make demo-qemu, in a checkout of vfiomig unpack one into {cache}"
     )
 
 

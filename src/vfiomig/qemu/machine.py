@@ -43,6 +43,8 @@ class Machine:
     cpu: str = ""
     cpus: int = 1
     memory_mib: int = 256
+    #: Whether another process can map the memory.
+    shared_memory: bool = True
     extra: tuple[str, ...] = ()
     incoming: bool = False
 
@@ -60,7 +62,7 @@ def arguments(machine: Machine, *, monitor: int, folder: Path) -> list[str]:
     return [
         *_machine_words(machine, _APPEND),
         "-no-reboot",
-        *("-chardev", f"socket,id=monitor,fd={monitor}", "-mon", "chardev=monitor,mode=control"),
+        *("-chardev", f"socket,id=monitor,fd={monitor}", "-qmp", "chardev:monitor"),
         *("-chardev", f"file,id=console,path={console}", "-serial", "chardev:console"),
         *("-chardev", f"file,id=shell,path={shell},input-path={commands}"),
         *("-serial", "chardev:shell"),
@@ -83,8 +85,7 @@ def _machine_words(machine: Machine, command_line: str) -> list[str]:
         *("-nodefaults", "-no-user-config", "-display", "none"),
         *("-accel", machine.accel, "-cpu", machine.cpu or _default_cpu(machine.accel)),
         *("-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M"),
-        # Memory that another process can map.
-        *("-object", f"memory-backend-memfd,id=ram,size={machine.memory_mib}M,share=on"),
+        *("-object", _memory(machine)),
         *("-machine", f"{machine.type},memory-backend=ram"),
     ]
     if machine.kernel is not None:
@@ -95,6 +96,13 @@ def _machine_words(machine: Machine, command_line: str) -> list[str]:
     if machine.incoming:
         words += ["-incoming", "defer"]
     return words
+
+
+def _memory(machine: Machine) -> str:
+    size = f"id=ram,size={machine.memory_mib}M"
+    if machine.shared_memory:
+        return f"memory-backend-memfd,{size},share=on"
+    return f"memory-backend-ram,{size}"
 
 
 def _default_cpu(accel: str) -> str:
