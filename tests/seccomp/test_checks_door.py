@@ -24,8 +24,8 @@ ENVIRONMENT = {
 DRILLED = f"{ROOT / 'tests/devices/drilled.py'}:Drilled"
 
 LANDED, V6 = Dialect.LANDED, Dialect.V6
-#: How the program reaches the device: TARGETs, for the dialects that they have.
-WAYS = {"cdev": ("/dev/vfio/devices/vfio0", {LANDED, V6})}
+#: How the program reaches the device.
+WAYS = {"cdev": "/dev/vfio/devices/vfio0", "group": "/dev/vfio/0:0000:01:00.0"}
 SETS = ("stop-copy", "stop-copy+p2p", "stop-copy+pre-copy", "all")
 
 
@@ -50,15 +50,13 @@ def check(
 def test_a_good_device_passes_every_check_that_there_is_for_it(
     way: str, caps: str, dialect: Dialect, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    target, dialects = WAYS[way]
-    assert dialect in dialects
-    others = check(f"{DRILLED},caps={caps}", dialect, target, capfd)
+    others = check(f"{DRILLED},caps={caps}", dialect, WAYS[way], capfd)
     assert {verdict for verdict, _ in others.values()} == {"not_applicable"}, others
     seen = [row.id for row in CHECKS if row.shows & Shows.DESCRIPTORS and row.id in others]
     assert seen == []
 
 
 def test_a_device_without_poll_deviates_in_that_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    others = check("pattern,size=64K,poll=none", LANDED, WAYS["cdev"][0], capfd)
+    others = check("pattern,size=64K,poll=none", LANDED, WAYS["cdev"], capfd)
     differing = {name for name, (verdict, _) in others.items() if verdict == "deviates"}
     assert differing == {"sessions.a-dead-data-fd-polls-hung-up"}

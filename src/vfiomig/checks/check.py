@@ -49,6 +49,9 @@ SHOWN: Final = {
     Shows.DESCRIPTORS: "a data_fd is no descriptor of the system here",
     Shows.FAULTS: "the memory of a request cannot fault here",
     Shows.EXHAUSTION: "there is no limit on descriptors here",
+    Shows.MEANING: "what a descriptor means is decided on this side of the socket",
+    Shows.ALL_REQUESTS: "vfio-user without its extension has no message for this, and one errno "
+    "for whatever a server lacks",
 }
 
 
@@ -106,8 +109,10 @@ class Check:
             said.append(f"It is for devices with feature {self.feature}.")
         if Shows.DESCRIPTORS & self.shows:
             said.append("It is for targets whose data_fds are descriptors of the system.")
-        if Shows.FAULTS & self.shows:
-            said.append("It is for targets that requests reach with their memory.")
+        if (Shows.FAULTS | Shows.EXHAUSTION | Shows.MEANING) & self.shows:
+            said.append("It is for targets that are reached by calls, not by messages.")
+        if Shows.ALL_REQUESTS & self.shows:
+            said.append("It is for targets of vfio-user only with the extension mig_stream.")
         if self.lever:
             said.append(f"It needs a lever of the device's author: vfiomig.testing, {self.lever}.")
         if self.danger is not None:

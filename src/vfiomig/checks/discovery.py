@@ -107,7 +107,7 @@ def without_migration_there_is_none_of_it(subject: Subject) -> None:
         subject.evidence.expect_errno(flags_text(flags), result, errno.ENOTTY, *others)
 
 
-@CHAPTER.check("QUERY-V6-3", section="VFIO_DEVICE_FEATURE_MIGRATION")
+@CHAPTER.check("QUERY-V6-3", section="VFIO_DEVICE_FEATURE_MIGRATION", shows=Shows.ALL_REQUESTS)
 def every_combination_of_flags_has_its_answer(subject: Subject) -> None:
     """GET, SET and PROBE in every combination, with argsz from 8 to 24, on MIGRATION."""
     for flags in (base | probe for probe in (0, PROBE) for base in OPERATIONS):
@@ -132,7 +132,7 @@ def a_header_that_cannot_be_read_is_efault(subject: Subject) -> None:
             subject.evidence.expect_errno(what, subject.raw.feature_at(address), errno.EFAULT)
 
 
-@CHAPTER.check("FEATURE-2")
+@CHAPTER.check("FEATURE-2", shows=Shows.ALL_REQUESTS)
 def argsz_holds_the_header(subject: Subject) -> None:
     """An argsz below 8 is EINVAL, whatever is asked."""
     for argsz in (0, 4, 7):
@@ -140,7 +140,7 @@ def argsz_holds_the_header(subject: Subject) -> None:
         subject.evidence.expect_errno(f"argsz {argsz}", result, errno.EINVAL)
 
 
-@CHAPTER.check("FEATURE-3")
+@CHAPTER.check("FEATURE-3", shows=Shows.ALL_REQUESTS)
 def unknown_flags_are_refused(subject: Subject) -> None:
     """A flag that the header does not know is EINVAL, to a PROBE as well."""
     for bit in (19, 20, 31):
@@ -148,7 +148,7 @@ def unknown_flags_are_refused(subject: Subject) -> None:
         subject.evidence.expect_errno(f"flag bit {bit}", result, errno.EINVAL)
 
 
-@CHAPTER.check("FEATURE-4")
+@CHAPTER.check("FEATURE-4", shows=Shows.ALL_REQUESTS)
 def get_and_set_together_are_refused(subject: Subject) -> None:
     """GET and SET together are EINVAL, unless they are only probed."""
     for row in present(subject):
@@ -161,7 +161,7 @@ def get_and_set_together_are_refused(subject: Subject) -> None:
         )
 
 
-@CHAPTER.check("FEATURE-5", "CHOICE-7")
+@CHAPTER.check("FEATURE-5", "CHOICE-7", shows=Shows.ALL_REQUESTS)
 def an_unknown_index_is_refused(subject: Subject) -> None:
     """A feature that no header has is ENOTTY; in V6, and in Linux 5.18, EINVAL."""
     for flags in (PROBE | UNKNOWN, GET | UNKNOWN, SET | 0x7FFE):
@@ -174,7 +174,7 @@ def an_unknown_index_is_refused(subject: Subject) -> None:
             )
 
 
-@CHAPTER.check("FEATURE-7")
+@CHAPTER.check("FEATURE-7", shows=Shows.ALL_REQUESTS)
 def an_operation_that_a_feature_lacks_is_refused(subject: Subject) -> None:
     """GET of what can only be set, or SET of what can only be asked, is EINVAL, probed too."""
     for row in present(subject):
@@ -200,7 +200,7 @@ def a_probe_touches_no_payload(subject: Subject) -> None:
                 subject.evidence.expect_errno(what, subject.raw.feature_at(address), 0)
 
 
-@CHAPTER.check("FEATURE-9")
+@CHAPTER.check("FEATURE-9", shows=Shows.ALL_REQUESTS)
 def a_request_without_an_operation_is_refused(subject: Subject) -> None:
     """Without GET, SET and PROBE a request is EINVAL."""
     for row in present(subject):
@@ -208,7 +208,7 @@ def a_request_without_an_operation_is_refused(subject: Subject) -> None:
         subject.evidence.expect_errno(flags_text(row.index), result, errno.EINVAL)
 
 
-@CHAPTER.check("FEATURE-10")
+@CHAPTER.check("FEATURE-10", shows=Shows.ALL_REQUESTS)
 def argsz_covers_the_payload(subject: Subject) -> None:
     """An argsz that ends one byte before the payload does is EINVAL."""
     for row in present(subject):
@@ -270,7 +270,9 @@ def precopy_info_v2_goes_with_pre_copy(subject: Subject) -> None:
         subject.evidence.expect_errno(what, result, errno.EINVAL, errno.ENOTTY)
 
 
-@CHAPTER.check("FEATURE-2", "FEATURE-3", "FEATURE-4", "FEATURE-5", "FEATURE-7")
+@CHAPTER.check(
+    "FEATURE-2", "FEATURE-3", "FEATURE-4", "FEATURE-5", "FEATURE-7", shows=Shows.ALL_REQUESTS
+)
 def the_first_fault_decides(subject: Subject) -> None:
     """Of several faults in one request the first in the order of checks is the answer."""
     unknown = errno.EINVAL if subject.is_v6 else errno.ENOTTY
@@ -293,7 +295,9 @@ def ask_as(subject: Subject, what: str, flags: int, argsz: int) -> int:
     return subject.raw.feature(flags, bytes(8), argsz).errno
 
 
-@CHAPTER.check("DIALECT-2", dialects=LANDED, section="VFIO_MIG_GET_PRECOPY_INFO")
+@CHAPTER.check(
+    "DIALECT-2", dialects=LANDED, section="VFIO_MIG_GET_PRECOPY_INFO", shows=Shows.MEANING
+)
 def the_number_0x3b79_is_nothing_on_a_device(subject: Subject) -> None:
     """0x3B79 is a request on a data_fd, and ENOTTY on the device itself."""
     argument = vfio.MigSetState(argsz=16, device_state=State.STOP, data_fd=-1, flags=1)
@@ -303,7 +307,9 @@ def the_number_0x3b79_is_nothing_on_a_device(subject: Subject) -> None:
     subject.expect_state(State.RUNNING)
 
 
-@CHAPTER.check("SESSION-11", section="VFIO_DEVICE_FEATURE", without_migration=True)
+@CHAPTER.check(
+    "SESSION-11", section="VFIO_DEVICE_FEATURE", without_migration=True, shows=Shows.MEANING
+)
 def an_unknown_request_is_enotty(subject: Subject) -> None:
     """A request that no device has is ENOTTY."""
     for number in (0x3BFF, 0x1234):

@@ -2,7 +2,8 @@
 
 A transport cannot show everything: a data_fd of a device in this process is a number of the
 client's own, which has no flags and cannot be polled, and the memory of a request that is turned
-into a message cannot fault. Nothing is concluded from what cannot be seen.
+into a message cannot fault. A client of a socket even decides by itself what its descriptors
+mean. Nothing is concluded from what cannot be seen.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import FEATURES, Dialect
 from vfiomig.client.kernel import KernelTransport
 from vfiomig.client.local import LocalTransport
-from vfiomig.client.numbers import Numbers
 from vfiomig.errors import RequestError
 from vfiomig.fsm import LEGAL_SETS, Capability
 
@@ -43,6 +43,10 @@ class Shows(enum.Flag):
     FAULTS = enum.auto()
     #: There can be no descriptor left.
     EXHAUSTION = enum.auto()
+    #: What a descriptor means is decided by the device's side, and not by its client.
+    MEANING = enum.auto()
+    #: Every request of the kernel has its like, and every errno its meaning.
+    ALL_REQUESTS = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +101,10 @@ def look(client: DeviceClient) -> Facts:
 def shown_by(transport: Transport) -> Shows:
     """Tell what can be seen through a transport."""
     if isinstance(transport, KernelTransport):
-        return Shows.DESCRIPTORS | Shows.FAULTS | Shows.EXHAUSTION
+        return ~Shows(0)
     if isinstance(transport, LocalTransport):
-        return Shows.FAULTS | Shows.EXHAUSTION
-    return Shows(0) if _numbers(transport) is None else Shows.EXHAUSTION
+        return ~Shows.DESCRIPTORS
+    return Shows.ALL_REQUESTS if transport.about.get("mig_stream") else Shows(0)
 
 
 @contextmanager
@@ -118,19 +122,12 @@ def no_descriptor_left(transport: Transport) -> Iterator[None]:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     else:
-        numbers = _numbers(transport)
-        assert numbers is not None, "the transport has no numbers of its own"
-        before, numbers.nofile = numbers.nofile, 0
+        assert isinstance(transport, LocalTransport), "others have no such limit"
+        before, transport.numbers.nofile = transport.numbers.nofile, 0
         try:
             yield
         finally:
-            numbers.nofile = before
-
-
-def _numbers(transport: Transport) -> Numbers[object] | None:
-    """The table of a transport whose descriptors are numbers of its own."""
-    numbers = getattr(transport, "numbers", None)
-    return numbers if isinstance(numbers, Numbers) else None
+            transport.numbers.nofile = before
 
 
 def _release(text: str) -> tuple[int, ...]:

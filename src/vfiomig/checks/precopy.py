@@ -127,7 +127,7 @@ def p2p_and_back_keep_the_session(subject: Subject) -> None:
     _load_rest(subject, data_fd, stream)
 
 
-@CHAPTER.check("ARC-10", "SESSION-4", "USER-8")
+@CHAPTER.check("ARC-10", "SESSION-4", "USER-8", shows=Shows.MEANING)
 def cancelling_ends_the_session(subject: Subject) -> None:
     """PRE_COPY -> RUNNING ends the session: reads are ENODEV, and the device runs."""
     data_fd = subject.session(State.PRE_COPY)
@@ -150,7 +150,7 @@ def after_cancelling_it_begins_anew(subject: Subject) -> None:
 # The numbers.
 
 
-@CHAPTER.check("PRECOPY-1", "PRECOPY-2")
+@CHAPTER.check("PRECOPY-1", "PRECOPY-2", shows=Shows.ALL_REQUESTS)
 def it_begins_with_initial_bytes(subject: Subject) -> None:
     """At the start of PRE_COPY initial_bytes is not 0, and dirty_bytes is."""
     data_fd = subject.session(State.PRE_COPY)
@@ -160,7 +160,7 @@ def it_begins_with_initial_bytes(subject: Subject) -> None:
     subject.evidence.prefer("dirty_bytes", not dirty, "0", str(dirty), "PRECOPY-2")
 
 
-@CHAPTER.check("PRECOPY-6", "PRECOPY-1")
+@CHAPTER.check("PRECOPY-6", "PRECOPY-1", shows=Shows.ALL_REQUESTS)
 def initial_bytes_only_fall(subject: Subject) -> None:
     """Without the opt-in to REINIT initial_bytes never rises, however much is read."""
     subject.target.reopen()  # an earlier opt-in holds until the last close
@@ -175,7 +175,7 @@ def initial_bytes_only_fall(subject: Subject) -> None:
             break
 
 
-@CHAPTER.check("PRECOPY-1")
+@CHAPTER.check("PRECOPY-1", shows=Shows.ALL_REQUESTS)
 def initial_bytes_fall_as_they_are_read(subject: Subject) -> None:
     """When data was read to the temporary end initial_bytes is less than at the start, or 0."""
     data_fd = subject.session(State.PRE_COPY)
@@ -186,7 +186,7 @@ def initial_bytes_fall_as_they_are_read(subject: Subject) -> None:
     subject.evidence.prefer("initial_bytes", last < first or not last, "less", fell, "PRECOPY-1")
 
 
-@CHAPTER.check("PRECOPY-4", "SAVE-2")
+@CHAPTER.check("PRECOPY-4", "SAVE-2", shows=Shows.ALL_REQUESTS)
 def both_numbers_zero_is_the_temporary_end(subject: Subject) -> None:
     """When both numbers are 0 there is nothing to read."""
     data_fd = subject.session(State.PRE_COPY)
@@ -205,7 +205,7 @@ def both_numbers_zero_is_the_temporary_end(subject: Subject) -> None:
 # The request.
 
 
-@CHAPTER.check("INFO-3")
+@CHAPTER.check("INFO-3", shows=Shows.ALL_REQUESTS)
 def argsz_holds_the_numbers(subject: Subject) -> None:
     """An argsz below 24 is EINVAL, and a larger one is accepted."""
     data_fd = subject.session(State.PRE_COPY)
@@ -229,7 +229,7 @@ def an_argument_in_bad_memory_is_efault(subject: Subject) -> None:
         subject.evidence.expect_errno("read-only memory", result, errno.EFAULT)
 
 
-@CHAPTER.check("INFO-5")
+@CHAPTER.check("INFO-5", shows=Shows.ALL_REQUESTS)
 def outside_pre_copy_it_is_einval(subject: Subject) -> None:
     """In STOP_COPY the request is EINVAL, although the session is the same."""
     data_fd = subject.session(State.PRE_COPY)
@@ -240,7 +240,7 @@ def outside_pre_copy_it_is_einval(subject: Subject) -> None:
     subject.evidence.expect_errno("without PRE_COPY", info(subject, data_fd).errno, errno.EINVAL)
 
 
-@CHAPTER.check("INFO-9", "INFO-6")
+@CHAPTER.check("INFO-9", "INFO-6", shows=Shows.MEANING)
 def the_state_comes_before_the_session(subject: Subject) -> None:
     """An old data_fd is EINVAL while the device is elsewhere, and ENODEV in a later pre-copy."""
     old = subject.session(State.PRE_COPY)
@@ -251,7 +251,7 @@ def the_state_comes_before_the_session(subject: Subject) -> None:
     subject.evidence.expect_errno("in a later PRE_COPY", reply.errno, errno.ENODEV)
 
 
-@CHAPTER.check("INFO-1", "DIALECT-2")
+@CHAPTER.check("INFO-1", "DIALECT-2", shows=Shows.MEANING)
 def another_request_is_enotty(subject: Subject) -> None:
     """A saving data_fd knows no other request; the device itself does not know this one."""
     data_fd = subject.session(State.PRE_COPY)
@@ -267,7 +267,7 @@ def another_request_is_enotty(subject: Subject) -> None:
     subject.expect_state(State.PRE_COPY)
 
 
-@CHAPTER.check("INFO-10")
+@CHAPTER.check("INFO-10", shows=Shows.ALL_REQUESTS)
 def flags_are_an_echo(subject: Subject) -> None:
     """Without the opt-in to REINIT flags come back as they were, and carry nothing."""
     subject.target.reopen()  # an earlier opt-in holds until the last close

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from vfiomig.checks.check import Chapter
 from vfiomig.checks.dangers import CLOSE_IN_RESUMING
+from vfiomig.checks.facts import Shows
+from vfiomig.checks.resets import prefer_nothing_mended
 from vfiomig.fsm import SessionKind, State, required, session_kind, states_of
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def from_state(state: State, subject: Subject) -> None:
     subject.enter(state)
     subject.close_all()
     subject.reopen()
+    prefer_nothing_mended(subject, subject.put_up_with)
     subject.expect_state(State.RUNNING, known=kept(subject, state))
     if subject.state() == State.RUNNING:
         subject.evidence.expect_errno("STOP", subject.request(State.STOP).errno, 0)
@@ -52,7 +55,7 @@ for _state in states_of(7):
     )
 
 
-@CHAPTER.check("SESSION-7", "CLOSE-1", "SESSION-4")
+@CHAPTER.check("SESSION-7", "CLOSE-1", "SESSION-4", shows=Shows.MEANING)
 def a_data_fd_outlives_its_device(subject: Subject) -> None:
     """A data_fd may stay open when the device is closed; its session is over then."""
     data_fd = subject.session(State.STOP_COPY)

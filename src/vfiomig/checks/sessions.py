@@ -73,7 +73,7 @@ def the_access_mode_is_that_of_the_session(subject: Subject) -> None:
         subject.close_all()
 
 
-@CHAPTER.check("SESSION-9")
+@CHAPTER.check("SESSION-9", shows=Shows.MEANING)
 def the_wrong_direction_is_ebadf(subject: Subject) -> None:
     """A write to a saving data_fd, and a read of one of RESUMING, are EBADF."""
     saving = subject.session(State.STOP_COPY)
@@ -108,7 +108,7 @@ def a_data_fd_cannot_be_mapped(subject: Subject) -> None:
     subject.evidence.expect_errno("mmap", map_descriptor(data_fd), errno.ENODEV)
 
 
-@CHAPTER.check("SESSION-11")
+@CHAPTER.check("SESSION-11", shows=Shows.MEANING)
 def an_unknown_request_on_a_data_fd_is_enotty(subject: Subject) -> None:
     """A data_fd of RESUMING knows no request at all, and any other not those of a device."""
     argument = vfio.PrecopyInfo(argsz=24)
@@ -162,7 +162,7 @@ def _poll(subject: Subject, data_fd: int) -> int:
 # Its end.
 
 
-@CHAPTER.check("SESSION-4", "SESSION-3")
+@CHAPTER.check("SESSION-4", "SESSION-3", shows=Shows.MEANING)
 def a_saving_session_ends_with_its_states(subject: Subject) -> None:
     """When STOP_COPY was left reads are ENODEV, at once and for ever, whatever was unread."""
     data_fd = subject.session(State.STOP_COPY)
@@ -173,7 +173,7 @@ def a_saving_session_ends_with_its_states(subject: Subject) -> None:
         subject.go(State.RUNNING)
 
 
-@CHAPTER.check("SESSION-4", "LOAD-6", danger=STALE_WRITE)
+@CHAPTER.check("SESSION-4", "LOAD-6", danger=STALE_WRITE, shows=Shows.MEANING)
 def a_resuming_session_ends_with_its_state(subject: Subject) -> None:
     """When RESUMING was left writes are ENODEV."""
     data_fd = subject.loaded()
@@ -183,7 +183,7 @@ def a_resuming_session_ends_with_its_state(subject: Subject) -> None:
         subject.evidence.expect_errno("a write afterwards", max(0, -result), errno.ENODEV)
 
 
-@CHAPTER.check("SESSION-1", "SESSION-4")
+@CHAPTER.check("SESSION-1", "SESSION-4", shows=Shows.MEANING)
 def an_old_data_fd_stays_dead(subject: Subject) -> None:
     """A later session has a descriptor of its own, and revives no earlier one."""
     old = subject.session(State.STOP_COPY)
@@ -195,7 +195,7 @@ def an_old_data_fd_stays_dead(subject: Subject) -> None:
     subject.drain(new)
 
 
-@CHAPTER.check("SESSION-4")
+@CHAPTER.check("SESSION-4", shows=Shows.MEANING)
 def a_reader_wakes_when_its_session_ends(subject: Subject) -> None:
     """A thread that reads on and on gets ENODEV when another one leaves STOP_COPY.
 
@@ -208,7 +208,7 @@ def a_reader_wakes_when_its_session_ends(subject: Subject) -> None:
     subject.evidence.expect_errno("the last read", -last, errno.ENODEV)
 
 
-@CHAPTER.check("SESSION-5")
+@CHAPTER.check("SESSION-5", shows=Shows.MEANING)
 def closing_a_data_fd_changes_no_state(subject: Subject) -> None:
     """A data_fd that is closed early leaves the device where it is, and free to go on."""
     for state in subject.session_states:
@@ -221,7 +221,7 @@ def closing_a_data_fd_changes_no_state(subject: Subject) -> None:
             subject.evidence.expect_errno(f"{state.name} -> RUNNING", reply.errno, 0)
 
 
-@CHAPTER.check("SESSION-5", "NEXT-6")
+@CHAPTER.check("SESSION-5", "NEXT-6", shows=Shows.MEANING)
 def a_closed_data_fd_does_not_come_back(subject: Subject) -> None:
     """After an early close a request for the same state succeeds and gives no descriptor."""
     subject.close_fd(subject.session(State.STOP_COPY))

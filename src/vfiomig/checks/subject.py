@@ -183,6 +183,11 @@ class Subject:
         self.evidence.step("ask for the state")
         self.evidence.expect_state("the state", self.state(), first, *others, known=known)
 
+    @property
+    def put_up_with(self) -> list[str]:
+        """What the client has mended of a server's doings, where it tells."""
+        return list(getattr(self.raw.transport, "put_up_with", ()))
+
     def reset(self) -> int:
         step = self.evidence.step("RESET")
         result = self.raw.reset()

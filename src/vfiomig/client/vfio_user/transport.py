@@ -77,6 +77,11 @@ class VfioUserTransport:
             }
         )
 
+    @property
+    def put_up_with(self) -> list[str]:
+        """What the server did not keep of a kernel's promises, and was mended here."""
+        return self._remote.put_up_with
+
     def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
         address = 0 if argument is None else ctypes.addressof(argument)
         target = self.numbers.find(on)
