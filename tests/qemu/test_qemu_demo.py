@@ -183,7 +183,7 @@ def test_a_qemu_that_is_killed_is_named(terminal: Terminal, folder: Path) -> Non
     os.kill(qemus[False], signal.SIGKILL)
     assert terminal.end() == 1, terminal.text
     assert (
-        "vfiomig: nothing was verified, while the guest boots the source's QEMU ended (SIGKILL)"
+        "vfiomig: the guest boots: the source's QEMU ended (SIGKILL), nothing was verified"
         in terminal.text
     )
     assert "Traceback" not in terminal.text

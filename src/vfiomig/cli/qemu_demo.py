@@ -222,7 +222,7 @@ class Pair:
         work, destination = self._account.work, self._guests[DESTINATION]
         self._stages.begin("the guest works on")
         try:
-            work.blocks_before = acknowledged_blocks(destination)
+            work.blocks = work.blocks_before = acknowledged_blocks(destination)
             self._let_work(DESTINATION, work.blocks_before)
             self._stages.begin("everything is checked")
             self._echo.finish()
@@ -252,16 +252,20 @@ class Pair:
 
     def explain(self, problem: GuestError) -> NoReturn:
         """Raise what there is to say: that a QEMU is gone says more than who noticed it how."""
-        where = f"nothing was verified, while {self._stages.now}"
+        stage = self._stages.now
         for side, guest in self._guests.items():
             try:
                 code = guest.wait(timeout=END_S)
             except GuestTimeout:
                 continue
-            how = signal.Signals(code - 128).name if code > 128 else f"exit code {code}"
-            said = f"; it said: {guest.said.strip()}" if guest.said.strip() else ""
-            raise GuestEnded(f"{where} the {side}'s QEMU ended ({how}){said}") from problem
-        raise GuestError(f"{where}: {problem}") from problem
+            # The program's own end by a signal, or that of the process in front of it.
+            number = code - 128 if code > 128 else -code
+            how = signal.Signals(number).name if number > 0 else f"exit code {code}"
+            said = f": {guest.said.strip()}" if guest.said.strip() else ""
+            raise GuestEnded(
+                f"{stage}: the {side}'s QEMU ended ({how}), nothing was verified{said}"
+            ) from problem
+        raise GuestError(f"{stage}: {problem}; nothing was verified") from problem
 
 
 class Listener:

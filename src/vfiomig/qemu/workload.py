@@ -46,7 +46,7 @@ _READY: Final = b"ready\n"
 _WINDOW: Final = 1024
 _CHUNK: Final = 4096
 _LINE: Final = 9  # bytes
-_PATIENCE_S: Final = 15.0
+_PATIENCE_S: Final = 30.0
 
 _ECHO: Final = "stty -F {tty} 115200 raw -echo crtscts && (echo ready; exec cat) <>{tty} >&0 2>&0 &"
 
