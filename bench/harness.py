@@ -6,6 +6,7 @@ in the same run; of several rounds the median counts.
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from vfiomig.models import make
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ("Measurement", "compiled", "result_of", "serve")
+__all__ = ("Measurement", "compiled", "peak", "reset_peak", "result_of", "serve")
 
 SOURCES = Path(__file__).parent / "c"
 
@@ -70,3 +71,23 @@ def result_of(
     out = binary.parent / "result"
     start([binary, out, *map(str, words)])
     return [float(number) for number in out.read_text().split()]
+
+
+def _status(field: str) -> int:
+    """A size of this process in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise LookupError(field)
+
+
+def reset_peak() -> int:
+    """Begin to look for the largest size; return the present one, in KiB."""
+    gc.collect()  # devices of earlier rounds
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """Return the largest size of this process since then, in KiB."""
+    return _status("VmHWM")

@@ -20,6 +20,7 @@ SUITE: dict[str, dict[str, object]] = {
     "state_stream": {"size": "128M", "rounds": 1},
     "get_state": {"count": 2000, "rounds": 1},
     "many_devices": {"rounds": 1},
+    "vfio_user": {"size": "128M", "count": 2000, "rounds": 1},
 }
 
 

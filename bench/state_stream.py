@@ -6,13 +6,15 @@ and for a small state.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import subprocess
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from harness import Measurement, compiled, result_of, serve
+from harness import Measurement, compiled, peak, reset_peak, result_of, serve
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ("measure",)
 
@@ -24,10 +26,10 @@ def measure(size: str = "1G", rounds: int = 5) -> list[Measurement]:
     reading, writing, growth = [], [], 0
     with compiled("stream") as binary:
         for _ in range(rounds):
-            before = _reset_peak()
+            before = reset_peak()
             pair = partial(serve, [f"pattern,size={size}"] * 2)
             read_s, write_s, total = result_of(binary, pair, CHUNK, "device")
-            growth = max(growth, _peak() - before - 2 * int(total) // 1024)
+            growth = max(growth, peak() - before - 2 * int(total) // 1024)
             plain_read, plain_write, _ = result_of(binary, run_plainly, CHUNK, "memfd", int(total))
             reading.append((plain_read / read_s, total / read_s / 2**30))
             writing.append((plain_write / write_s, total / write_s / 2**30))
@@ -56,21 +58,3 @@ def _speed(name: str, rounds: list[tuple[float, float]]) -> Measurement:
     ratio = statistics.median(ratio for ratio, _ in rounds)
     details: dict[str, object] = {"GiB_per_s": [round(speed, 2) for _, speed in rounds]}
     return Measurement(name, ratio, at_least=0.5, details=details)
-
-
-def _status(field: str) -> int:
-    """A size of this process in KiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1])
-    raise LookupError(field)
-
-
-def _reset_peak() -> int:
-    gc.collect()  # devices of earlier rounds
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    return _status("VmHWM")

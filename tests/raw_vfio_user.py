@@ -160,6 +160,14 @@ class Raw:
         assert reply.errno == 0, os.strerror(reply.errno)
         return reply.body
 
+    def receive_or_end(self, command: int) -> Message | None:
+        """Send a short request and return what comes; nothing if the server has hung up."""
+        try:
+            self.send(command)
+        except (BrokenPipeError, ConnectionResetError):
+            return None
+        return self.receive()
+
     # What most tests do.
 
     def feature(self, index: int, operation: int, payload: bytes = b"", room: int = 0) -> Message:

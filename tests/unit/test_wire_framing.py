@@ -454,16 +454,23 @@ def test_requests_without_end_are_refused_here() -> None:
 
 def test_data_are_sent_from_where_they_are() -> None:
     client, server = agreed()
-    data, more = memoryview(bytearray(100)), bytes(50)
-    out = client.request(MIG_WRITE, struct.pack("<2I", 158, 150), data, more)
+    data, more = memoryview(bytearray(4096)), bytes(50)
+    out = client.request(MIG_WRITE, struct.pack("<2I", 4154, 4146), data, more)
     assert out.buffers[1] is data
     assert out.buffers[2] is more
     request = asked(server, joined(out.buffers))
-    assert request.data_size == 150
+    assert request.data_size == 4146
     buffers = server.reply(request, b"", data, more)
     assert buffers[1] is data
     assert buffers[2] is more
-    assert len(joined(buffers)) == 166
+    assert len(joined(buffers)) == 16 + 4146
+
+
+def test_a_short_reply_is_one_buffer() -> None:
+    client, server = agreed()
+    request = asked(server, joined(client.request(RESET).buffers))
+    (buffer,) = server.reply(request, b"head", memoryview(b"data"), b"more")
+    assert buffer[16:] == b"headdatamore"
 
 
 @pytest.mark.parametrize(("length", "fds"), [(MIB + 1, 0), (0, 17)])

@@ -8,11 +8,12 @@ import stat
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.descriptors import Fd
 from vfiomig.doors.vfio_user import Server
+from vfiomig.doors.vfio_user.compat import BEHAVIOURS, KERNEL
 from vfiomig.errors import SpecError
 from vfiomig.models import make
 
@@ -29,6 +30,7 @@ def serve(
     socket: Path | None = None,
     fd: int | None = None,
     once: bool = False,
+    compat: Literal["libvfio-user"] | None = None,
 ) -> int:
     """Serve a device over vfio-user.
 
@@ -46,12 +48,16 @@ def serve(
         A socket that was handed over: it listens, or is connected to the one client.
     once:
         End when the first client has left.
+    compat:
+        Behave in the manner of that library; docs/vfio-user.md names the differences.
     """
     if (socket is None) == (fd is None):
         raise SpecError("name a socket: vfiomig serve pattern --socket /tmp/vfio-user.sock")
     device = VfioDevice(make(spec))
+    behaviour = BEHAVIOURS[compat] if compat else KERNEL
     given = None if fd is None else _inherited(fd)
-    with _ended_by_sigterm(), Server(device, socket, sock=given, once=once) as server:
+    served = Server(device, socket, sock=given, once=once, behaviour=behaviour)
+    with _ended_by_sigterm(), served as server:
         print(f"serving {spec} on {socket or f'descriptor {fd}'}", file=sys.stderr, flush=True)
         server.wait()
     return 0

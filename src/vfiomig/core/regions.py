@@ -40,6 +40,7 @@ __all__ = (
     "Windows",
     "may_map",
     "memory_size",
+    "plain_regions",
     "read_region",
     "region_offset",
     "windows_of",
@@ -50,6 +51,8 @@ __all__ = (
 #: region by the offset alone.
 OFFSET_TAG = 0x56
 INDEX_SHIFT = 40
+#: What is left of an offset without its region.
+INSIDE = (1 << INDEX_SHIFT) - 1
 CONFIG = vfio.VFIO_PCI_CONFIG_REGION_INDEX
 PAGE = mmap.PAGESIZE
 
@@ -133,16 +136,34 @@ def _msix_windows(irqs: Irqs) -> dict[int, Windows]:
     return {msix.table[0]: Windows(*both)}
 
 
+def plain_regions(served: VfioDevice) -> dict[int, Region]:
+    """Find the memory regions whose reads ask nobody, by what stands for them in an offset."""
+    return {
+        region_offset(index) >> INDEX_SHIFT: region
+        for index, region in served.device.regions.items()
+        if region.readable and region.is_memory and not region.io and index not in served.windows
+    }
+
+
 # Reads and writes.
 
 
-def read_region(served: VfioDevice, offset: int, length: int) -> bytes:
-    """Read at an offset of the descriptor.
+def read_region(
+    served: VfioDevice, offset: int, length: int, blocks: Callable[[], None] = lambda: None
+) -> bytes:
+    """Read at an offset of the descriptor; ``blocks`` is called before a hook of the device.
 
     Raises:
         OSError: EINVAL outside the regions, EFAULT outside configuration space, EIO in a region
             that is not decoded.
     """
+    plain, inside = served.plain_regions.get(offset >> INDEX_SHIFT), offset & INSIDE
+    if (
+        plain is not None
+        and served.configuration.decodes_memory
+        and 0 < length <= plain.size - inside
+    ):
+        return plain.read(served.device, inside, length)
     if not length:
         return b""
     index, at, length = _locate(served, offset, length)
@@ -152,6 +173,7 @@ def read_region(served: VfioDevice, offset: int, length: int) -> bytes:
             raise OSError(errno.EINVAL, f"{region.name} cannot be read")
         if not _is_decoded(served, region):
             return b"\xff" * length
+    blocks()
     return _read(served, index, at, length)
 
 
@@ -241,7 +263,7 @@ def _write_configuration(
 def _locate(served: VfioDevice, offset: int, length: int) -> tuple[int, int, int]:
     """Region index, offset inside it, and how much of ``length`` lies there."""
     index = offset - (OFFSET_TAG << 56) >> INDEX_SHIFT
-    at = offset & ((1 << INDEX_SHIFT) - 1)
+    at = offset & INSIDE
     if index == CONFIG:
         if at + length > served.configuration.size:
             raise OSError(errno.EFAULT, "the access leaves configuration space")

@@ -61,6 +61,8 @@ class VfioDevice:
         device.interrupts = self.irqs
         #: Parts of regions that are not the device's own, by region index.
         self.windows = regions.windows_of(self)
+        #: The short way to those that are nothing but memory.
+        self.plain_regions = regions.plain_regions(self)
         #: Where the memory of mapped regions is while the device is in use.
         self.placement: regions.Placement | None = None
         self.dirty_log: DirtyLog | None = None
@@ -169,10 +171,11 @@ class VfioDeviceFile:
             raise OSError(errno.ENOTTY, "no request of a device")
         return handler(self, arg, caller)
 
-    def pread(self, offset: int, length: int) -> bytes:
+    def pread(self, offset: int, length: int, blocks: Callable[[], None] = lambda: None) -> bytes:
         """Read from the region that ``offset`` lies in; fewer bytes at its end."""
-        self._require_access()
-        return regions.read_region(self.device, offset, length)
+        if not self.in_use:
+            self._require_access()
+        return regions.read_region(self.device, offset, length, blocks)
 
     def pwrite(self, offset: int, data: bytes, blocks: Callable[[], None] = lambda: None) -> int:
         """Write to the region that ``offset`` lies in; return how many bytes it took."""

@@ -28,6 +28,8 @@ PAGE = mmap.PAGESIZE
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 #: Content of regions is looked at and moved in pieces of this size.
 CHUNK = 1 << 16
+#: Bytes that are not worth a view.
+FEW = 1 << 10
 ZEROS = memoryview(bytes(CHUNK))
 
 Reader = TypeVar("Reader", bound=Callable[[Any, int, int], bytes])
@@ -88,6 +90,8 @@ class Region:
         self.mapped = _check_mapped(mapped, size)
         self.index = -1
         self.name = ""
+        #: Whether reading it is no call of a handler.
+        self.is_memory = True
         self._reader = ""
         self._writer = ""
 
@@ -131,6 +135,7 @@ class Region:
         Like any hook it may raise ``DeviceError`` and nothing else.
         """
         self._reader = function.__name__
+        self.is_memory = False
         return function
 
     def writer(self, function: Writer) -> Writer:
@@ -140,8 +145,11 @@ class Region:
 
     def read(self, device: Device, offset: int, length: int) -> bytes:
         """Read ``length`` bytes that lie inside the region."""
-        if not self._reader:
-            return bytes(memoryview(self.memory(device))[offset : offset + length])
+        if self.is_memory:
+            memory = self.memory(device)
+            if length <= FEW:  # two short copies cost less than a view
+                return bytes(memory[offset : offset + length])
+            return bytes(memoryview(memory)[offset : offset + length])
         if not self.mapped:
             return b"".join(self._ask(device, offset, length))
         pieces = []

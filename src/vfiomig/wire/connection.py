@@ -59,6 +59,8 @@ Buffers: TypeAlias = tuple[Buffer, ...]
 HEADER_SIZE = 16
 #: A message may be longer than its data by a header and the largest head, that of a bitmap.
 HEAD_ROOM = 64
+#: Bytes of a message that is made in one piece.
+FEW = 1024
 TYPE = vfio_user.VFIO_USER_TYPE
 REQUEST, REPLY = vfio_user.VFIO_USER_REQUEST, vfio_user.VFIO_USER_REPLY
 NO_REPLY, ERROR = vfio_user.VFIO_USER_NO_REPLY, vfio_user.VFIO_USER_ERROR
@@ -85,9 +87,11 @@ class Connection(ReceiveBuffer):
 
     role: ClassVar[Role]
 
-    def __init__(self, ours: Capabilities) -> None:
+    def __init__(self, ours: Capabilities, *, head_room: int = HEAD_ROOM) -> None:
+        """``head_room`` is how much longer than its data a message may be that comes in."""
         super().__init__()
         self.ours = ours
+        self._head_room = head_room
         #: What was agreed on; nothing before.
         self.limits: Limits | None = None
         #: After a `WireError`: what to send before closing.
@@ -99,7 +103,7 @@ class Connection(ReceiveBuffer):
 
     def _agree(self, limits: Limits) -> None:
         self.limits = limits
-        self._limit = limits.data_in + HEAD_ROOM
+        self._limit = limits.data_in + self._head_room
         self._requests = commands.requests_to(self.role, extension=limits.mig_stream)
 
     # Receiving.
@@ -247,7 +251,8 @@ class Connection(ReceiveBuffer):
     ) -> Buffers:
         """Make the reply to ``request``, or nothing if it wants none.
 
-        ``data`` and ``more`` are sent from where they are, and are made of bytes.
+        ``data`` and ``more`` are made of bytes. Unless they are few they are sent from where
+        they are.
         """
         if request.flags & NO_REPLY:
             return ()
@@ -255,13 +260,18 @@ class Connection(ReceiveBuffer):
         if more:
             size += sum(map(len, more))
         header = _pack_header(request.msg_id, request.command, size, REPLY, 0)
-        return (header + head, data, *more) if more else (header + head, data)
+        if size <= FEW:  # copying them costs less than one more buffer to send
+            return (b"".join((header, head, data, *more)),)
+        return (header + head, data, *more)
 
-    def error(self, request: Request, number: int) -> Buffers:
-        """Make the reply that says that ``request`` failed, or nothing if it wants none."""
+    def error(self, request: Request, number: int, payload: bytes = b"") -> Buffers:
+        """Make the reply that says that ``request`` failed, or nothing if it wants none.
+
+        There is a ``payload`` in the manner of libvfio-user only.
+        """
         if request.flags & NO_REPLY:
             return ()
-        return (_error(request.msg_id, request.command, number),)
+        return (_error(request.msg_id, request.command, number, payload),)
 
     def request(
         self,
@@ -324,8 +334,8 @@ class ServerConnection(Connection):
 
     role = Role.SERVER
 
-    def __init__(self, ours: Capabilities) -> None:
-        super().__init__(ours)
+    def __init__(self, ours: Capabilities, *, head_room: int = HEAD_ROOM) -> None:
+        super().__init__(ours, head_room=head_room)
         self._requests = {commands.VERSION.number: commands.VERSION}
 
     def answer_version(self, request: Request) -> Buffers:
@@ -369,8 +379,9 @@ class ClientConnection(Connection):
         return limits
 
 
-def _error(msg_id: int, command: int, number: int) -> bytes:
-    return _pack_header(msg_id, command, HEADER_SIZE, REPLY | ERROR, number)
+def _error(msg_id: int, command: int, number: int, payload: bytes = b"") -> bytes:
+    size = HEADER_SIZE + len(payload)
+    return _pack_header(msg_id, command, size, REPLY | ERROR, number) + payload
 
 
 def _lost_fds(row: Command) -> WireError:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from vfiomig.abi import vfio, vfio_iommu, vfio_user
+from vfiomig.core.regions import region_offset
 from vfiomig.doors.vfio_user.caller import ScratchCaller
 from vfiomig.doors.vfio_user.feature import device_feature
 from vfiomig.fsm import SessionKind
@@ -25,6 +26,9 @@ __all__ = ("HANDLERS", "Handler")
 Handler: TypeAlias = Callable[["Visit", Request], None]
 
 pack_region_access = requests.pack_region_access
+#: Where each region begins, for ``core``, and how far an offset in it can reach.
+OFFSETS = tuple(region_offset(index) for index in range(vfio.VFIO_PCI_NUM_REGIONS))
+REGIONS, REGION_ROOM = len(OFFSETS), OFFSETS[1] - OFFSETS[0]
 U32_MAX = 0xFFFF_FFFF
 
 
@@ -59,7 +63,7 @@ def get_region_info(visit: Visit, request: Request) -> None:
         if not visit.limits.fds_out:
             info.flags &= ~vfio.VFIO_REGION_INFO_FLAG_MMAP
         elif needed <= room:
-            fds = [visit.memory.fileno()]
+            fds = [visit.opened.memory.fileno()]
     visit.reply(request, bytes(argument), fds=fds)
 
 
@@ -87,17 +91,29 @@ def set_irqs(visit: Visit, request: Request) -> None:
 
 def region_read(visit: Visit, request: Request) -> None:
     offset, region, size = requests.region_read_untrusted(request, visit.limits)
-    visit.line.lend()
-    data = visit.read_region(region, offset, size)
-    visit.reply(request, pack_region_access(offset, region, len(data)), data)
+    if region >= REGIONS or offset >= REGION_ROOM:
+        raise _nowhere(region, offset)
+    data = visit.file.pread(OFFSETS[region] + offset, size, visit.line.lend)
+    head = pack_region_access(offset, region, len(data))
+    visit.line.send(visit.wire.reply(request, head, data))
 
 
 def region_write(visit: Visit, request: Request) -> None:
     offset, region, _ = requests.region_write_untrusted(request)
     data = bytes(visit.line.data_of(request))
     visit.line.lend()
-    took = visit.write_region(region, offset, data)
+    took = _write(visit, region, offset, data)
     visit.reply(request, pack_region_access(offset, region, took))
+
+
+def _write(visit: Visit, region: int, offset: int, data: bytes) -> int:
+    if region >= REGIONS or offset >= REGION_ROOM:
+        raise _nowhere(region, offset)
+    return visit.file.pwrite(OFFSETS[region] + offset, data)
+
+
+def _nowhere(region: int, offset: int) -> OSError:
+    return OSError(errno.EINVAL, f"region {region} has no offset {offset:#x}")
 
 
 def region_write_multi(visit: Visit, request: Request) -> None:
@@ -110,7 +126,7 @@ def region_write_multi(visit: Visit, request: Request) -> None:
     made = 0
     try:
         for region, offset, data in writes:
-            visit.write_region(region, offset, data)
+            _write(visit, region, offset, data)
             made += 1
     except OSError:
         if not made:
@@ -168,19 +184,19 @@ def dma_unmap(visit: Visit, request: Request) -> None:
 def mig_data_read(visit: Visit, request: Request) -> None:
     size = requests.mig_data_untrusted(request, visit.limits)
     visit.line.lend()
-    visit.data.read(visit.session(SessionKind.SAVING), request, size)
+    visit.data.read(visit.opened.session(SessionKind.SAVING), request, size)
 
 
 def mig_data_write(visit: Visit, request: Request) -> None:
     """Take bytes of the state. The role is kept until they are out of the socket."""
     size = requests.mig_data_untrusted(request, visit.limits)
-    visit.data.write(visit.session(SessionKind.RESUMING), request, size)
+    visit.data.write(visit.opened.session(SessionKind.RESUMING), request, size)
 
 
 def mig_get_precopy_info(visit: Visit, request: Request) -> None:
     argument = bytearray(bytes(requests.precopy_info_untrusted(request)))
     visit.line.lend()
-    visit.precopy_info(argument)
+    visit.opened.precopy_info(argument)
     visit.reply(request, argument)
 
 

@@ -53,35 +53,41 @@ class StateData:
         self.tells_end = tells_end
         self.pads = pads
         self._changed = threading.Condition()
-        self._pending = 0
+        self._pending: dict[ReadTransfer | WriteTransfer, Migf] = {}
         self._spare: bytearray | None = None
 
     def read(self, migf: Migf, request: Request, size: int) -> None:
         """Answer MIG_DATA_READ, now or later."""
-        self._begin()
-        migf.submit(ReadTransfer(self, request, size))
+        transfer = ReadTransfer(self, request, size)
+        self._begin(transfer, migf)
+        migf.submit(transfer)
 
     def write(self, migf: Migf, request: Request, size: int) -> None:
         """Answer MIG_DATA_WRITE, now or later; its bytes are out of the socket afterwards."""
-        if self._pending >= PENDING:
+        if len(self._pending) >= PENDING:
             request.data = self.line.data_of(request)
             self.line.lend()
-        self._begin()
         transfer = WriteTransfer(self, request, size)
+        self._begin(transfer, migf)
         migf.submit(transfer)
         transfer.settle()
 
-    def _begin(self) -> None:
+    def _begin(self, transfer: ReadTransfer | WriteTransfer, migf: Migf) -> None:
         with self._changed:
-            while not self._changed.wait_for(lambda: self._pending < PENDING, LOOK):
+            while not self._changed.wait_for(lambda: len(self._pending) < PENDING, LOOK):
                 if self.line.hung_up:
                     raise ClientGone("it left while the device was at its transfers")
-            self._pending += 1
+            self._pending[transfer] = migf
 
-    def answered(self, buffer: bytearray | None) -> None:
+    def give_up(self) -> None:
+        """Take back what waits: the client has gone."""
+        for transfer, migf in list(self._pending.items()):
+            migf.withdraw(transfer)
+
+    def answered(self, transfer: ReadTransfer | WriteTransfer, buffer: bytearray | None) -> None:
         """Note that a transfer has its answer, and keep its buffer for another."""
         with self._changed:
-            self._pending -= 1
+            del self._pending[transfer]
             if buffer is not None:
                 self._spare = buffer
             self._changed.notify_all()
@@ -123,7 +129,7 @@ class ReadTransfer:
             else:
                 line = self._data.line
                 line.send(line.wire.error(self._request, -result))
-        self._data.answered(self._buffer)
+        self._data.answered(self, self._buffer)
 
     def _gathered(self, size: int) -> memoryview:
         return NOTHING if self._buffer is None else memoryview(self._buffer)[:size]
@@ -214,4 +220,4 @@ class WriteTransfer:
         with self._progress:
             self._answered = True
             self._progress.notify_all()
-        self._data.answered(self._buffer)
+        self._data.answered(self, self._buffer)

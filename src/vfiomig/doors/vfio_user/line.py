@@ -56,7 +56,10 @@ QUEUED = 64
 QUEUED_BYTES = 32 << 20
 #: Room for as many descriptors as the kernel passes in one call.
 ROOM = socket.CMSG_SPACE(253 * 4)
-CLOEXEC, CTRUNC = socket.MSG_CMSG_CLOEXEC, socket.MSG_CTRUNC
+#: As plain numbers: those of an enum cost more than the call that they are for.
+CLOEXEC, CTRUNC, WAITALL = map(
+    int, (socket.MSG_CMSG_CLOEXEC, socket.MSG_CTRUNC, socket.MSG_WAITALL)
+)
 NOWHERE = memoryview(b"")
 _TIMEVAL = struct.Struct("@qq")
 
@@ -84,6 +87,7 @@ class Line:
         """Take ``sock`` over."""
         self.wire = wire
         self._socket = sock
+        self._recvmsg_into, self._send = sock.recvmsg_into, sock.send
         sock.settimeout(None)
         seconds = _TIMEVAL.pack(int(STALLED), int(STALLED % 1 * 1e6))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, seconds)
@@ -136,21 +140,27 @@ class Line:
         if not buffers:
             return
         with self._sending:
-            if not self.over:
+            if self.over:
+                return
+            try:
+                if len(buffers) == 1 and not fds:  # nearly always, and then it fits
+                    sent = self._send(buffers[0])
+                    if sent == len(buffers[0]):
+                        return
+                    buffers = rest(buffers, sent)
                 self._send_locked(buffers, fds)
+            except OSError as failure:
+                self._give_up(failure)
 
     def _send_locked(self, buffers: Buffers, fds: Sequence[int] = ()) -> None:
-        left = sum(map(len, buffers))
-        try:
-            while True:
-                sent = self._socket.sendmsg(buffers, rights(fds) if fds else ())
-                left -= sent
-                if not left:
-                    return
-                buffers, fds = rest(buffers, sent), ()
-        except BlockingIOError:
+        while buffers:
+            sent = self._socket.sendmsg(buffers, rights(fds))
+            buffers, fds = rest(buffers, sent), ()
+
+    def _give_up(self, failure: OSError) -> None:
+        if isinstance(failure, BlockingIOError):
             log.warning("a client has not read its replies for %g seconds: it is given up", STALLED)
-        except OSError as failure:
+        else:
             log.debug("a client is gone: %s", failure)
         self.hang_up()
 
@@ -165,15 +175,16 @@ class Line:
         while True:
             if self._queue:
                 return self._unqueue()
-            if not self._mine and not self._take_back():
-                continue
+            if not self._mine:
+                if not self._role.acquire(blocking=False):
+                    self._wait_for(lambda: self._queue or not self._role.locked())
+                    continue
+                self._mine = True
             message = self._next()
-            if message is None:
-                self._receive()
-            elif isinstance(message, Request):
+            if message.__class__ is Request:  # nearly always, and the cheapest question
                 return message
-            else:
-                self._hand_over_reply(message)
+            if message is not None:
+                self._hand_over_reply(message)  # type: ignore[arg-type]
 
     def lend(self) -> None:
         """Let others receive: the request was looked at, and is going to be executed."""
@@ -182,14 +193,6 @@ class Line:
             self._role.release()
             if self._waiting:
                 self._tell()
-
-    def _take_back(self) -> bool:
-        """Get the role back; ``False`` if there is something in the queue instead, or may be."""
-        if self._role.acquire(blocking=False):
-            self._mine = True
-            return True
-        self._wait_for(lambda: self._queue or not self._role.locked())
-        return False
 
     def _unqueue(self) -> Request:
         with self._turns:
@@ -219,30 +222,33 @@ class Line:
     # Receiving, for whoever has the role.
 
     def _next(self) -> Request | Reply | None:
-        try:
-            return self.wire.next()
-        except WireError as error:
-            self.send(self.wire.farewell)
-            raise ClientGone(str(error.strerror)) from None
-
-    def _receive(self) -> None:
-        """Receive some bytes, or find that there are none for a while."""
+        """Return the next message, receiving bytes if there is none; nothing if it needs more."""
         wire = self.wire
         try:
-            count, ancillary, flags, _ = self._socket.recvmsg_into([wire.buffer()], ROOM, CLOEXEC)
+            if not wire.between_messages and (message := wire.next()) is not None:
+                return message
+            count, ancillary, flags, _ = self._recvmsg_into([wire.buffer()], ROOM, CLOEXEC)
+            if not count or ancillary or flags & CTRUNC:
+                self._received(count, passed_descriptors(ancillary), lost=bool(flags & CTRUNC))
+            else:
+                wire.received(count)
+            return wire.next()
+        except WireError as error:
+            self.send(wire.farewell)
+            raise ClientGone(str(error.strerror)) from None
         except BlockingIOError:
             if wire.between_messages:
-                return
+                return None  # it has nothing to ask, and may take its time
             raise _stalled() from None
         except OSError as failure:
             raise _broken(failure) from None
-        if ancillary or flags & CTRUNC:
-            fds = passed_descriptors(ancillary)
-            close_all(wire.received(count, fds, lost=bool(flags & CTRUNC)))
-        else:
-            wire.received(count)
+
+    def _received(self, count: int, fds: list[int], *, lost: bool) -> None:
+        """Note what came, if it is more than some bytes, or less."""
+        whole = self.wire.between_messages
+        close_all(self.wire.received(count, fds, lost=lost))
         if not count:
-            raise ClientGone("it left" if wire.between_messages else "it left within a message")
+            raise ClientGone("it left" if whole else "it left within a message")
 
     def receive_into(self, view: memoryview) -> int:
         """Receive data of the message at hand, at least one byte.
@@ -251,7 +257,7 @@ class Line:
             ClientGone: it left, or stalls.
         """
         try:
-            count = self._socket.recv_into(view[: self.wire.missing], 0, socket.MSG_WAITALL)
+            count = self._socket.recv_into(view[: self.wire.missing], 0, WAITALL)
         except BlockingIOError:
             raise _stalled() from None
         except OSError as failure:
@@ -324,7 +330,10 @@ class Line:
                 raise OSError(errno.ETIMEDOUT, "the client still owes the answer to earlier DMA")
             outgoing = self.wire.request(command, head, data)
             self._waiters[outgoing.msg_id] = waiter
-            self._send_locked(outgoing.buffers)
+            try:
+                self._send_locked(outgoing.buffers)
+            except OSError as failure:
+                self._give_up(failure)
         try:
             self._await(waiter, time.monotonic() + DMA_SECONDS)
         except ClientGone as gone:
@@ -361,12 +370,12 @@ class Line:
 
     def _receive_for(self, waiter: _Waiter, deadline: float) -> None:
         while not waiter.done and self._room:
+            if not self.wire.ready and not poll_until(self._socket, select.POLLIN, deadline):
+                return
             message = self._next()
             if message is None:
-                if not poll_until(self._socket, select.POLLIN, deadline):
-                    return
-                self._receive()
-            elif isinstance(message, Request):
+                continue
+            if isinstance(message, Request):
                 self._enqueue(message)
             else:
                 self._hand_over_reply(message)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.descriptors import Fd, poll_until
+from vfiomig.doors.vfio_user.compat import KERNEL
 from vfiomig.doors.vfio_user.line import ClientGone
 from vfiomig.doors.vfio_user.visit import Visit
 from vfiomig.errors import DoorError, TargetError
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from vfiomig.device import Device
+    from vfiomig.doors.vfio_user.compat import Behaviour
+    from vfiomig.doors.vfio_user.opened import Opened
 
 __all__ = ("Server",)
 
@@ -59,10 +62,12 @@ class Server:
         *,
         sock: socket.socket | None = None,
         once: bool = False,
+        behaviour: Behaviour = KERNEL,
     ) -> None:
         """``path`` is where the socket is to be; ``sock`` is one that listens, or is connected.
 
         ``sock`` is taken over with ``with``. ``once``: the first client is the last.
+        ``behaviour`` is one of ``compat``.
         """
         if (path is None) == (sock is None):
             raise ValueError("give a path or a socket")
@@ -71,6 +76,8 @@ class Server:
         #: How many clients have used the device.
         self.clients = 0
         self._once = once
+        self._behaviour = behaviour
+        self._opened: Opened | None = None  # what a client left open
         self._given = sock
         self._socket: socket.socket
         self._wake: Fd
@@ -147,6 +154,9 @@ class Server:
         except BaseException as failure:
             log.exception("serving %s failed", self.served.name)
             self._failure = failure
+        finally:
+            if self._opened is not None:
+                self._opened.close()
 
     def _accept(self) -> socket.socket | None:
         """Wait for a client; nothing if the end came first, or the client is gone again."""
@@ -167,13 +177,15 @@ class Server:
 
     def _serve(self, client: socket.socket) -> None:
         """Serve one client to its end, whatever it does."""
-        with Visit(self.served, client) as visit:
+        with Visit(self.served, client, self._behaviour) as visit:
             with self._lock:
                 self._visit = visit
                 if self._over:
                     visit.line.hang_up()
             try:
-                visit.greet()
+                visit.greet(self._opened)
+                if self._behaviour.stays_open:
+                    self._opened = visit.opened
                 self.clients += 1
                 visit.serve()
             except ClientGone as gone:
