@@ -26,8 +26,8 @@ class QmpError(GuestError):
     """QEMU refuses a command; ``kind`` is its class of errors."""
 
     def __init__(self, command: str, error: Message) -> None:
-        super().__init__(f"QEMU refuses {command}: {error['desc']}")
-        self.kind: str = error["class"]
+        super().__init__(f"QEMU refuses {command}: {error.get('desc', 'no reason given')}")
+        self.kind = str(error.get("class", ""))
 
 
 class Qmp:
@@ -44,7 +44,7 @@ class Qmp:
         """Wait until QEMU has started, and leave the mode in which it takes no commands."""
         greeting = self._receive(time.monotonic() + self._timeout)
         if "QMP" not in greeting:
-            raise GuestError(f"this is no QEMU monitor: {greeting}")
+            raise _no_monitor(greeting)
         self.execute("qmp_capabilities")
 
     def execute(
@@ -71,10 +71,12 @@ class Qmp:
             answer = self._receive(deadline)
             if "event" in answer:
                 self.events.append(answer)
-            elif "error" in answer:
-                raise QmpError(command, answer["error"])
-            else:
+            elif isinstance(error := answer.get("error"), dict):
+                raise QmpError(command, error)
+            elif "return" in answer:
                 return answer["return"]
+            else:
+                raise _no_monitor(answer)
 
     def wait_event(
         self, name: str, wanted: Callable[[Message], bool] = bool, *, timeout: float | None = None
@@ -94,9 +96,12 @@ class Qmp:
                     return data
                 seen.append(event["event"])
             try:
-                self.events.append(self._receive(deadline))
+                message = self._receive(deadline)
             except GuestTimeout:
                 raise GuestTimeout(f"no event {name} in {limit} s; seen: {seen}") from None
+            if "event" not in message:
+                raise _no_monitor(message)
+            self.events.append(message)
 
     def close(self) -> None:
         """Close it; once more is harmless."""
@@ -104,5 +109,14 @@ class Qmp:
 
     def _receive(self, deadline: float) -> Message:
         line = self._lines.line(timeout=deadline - time.monotonic())
-        message: Message = json.loads(line)
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            raise _no_monitor(line) from None
+        if not isinstance(message, dict) or not isinstance(message.get("data", {}), dict):
+            raise _no_monitor(line)
         return message
+
+
+def _no_monitor(said: object) -> GuestError:
+    return GuestError(f"this is no QEMU monitor: it says {str(said)[:200]}")
