@@ -52,12 +52,14 @@ _ECHO: Final = "stty -F {tty} 115200 raw -echo crtscts && (echo ready; exec cat)
 
 _WRITER: Final = """\
 i=0
+refused=
 while [ ! -e stop ]; do
     head -c 4096 /dev/urandom >block
-    dd if=block of={disk} oflag=direct bs=4k seek=$i 2>/dev/null || break
+    dd if=block of={disk} oflag=direct bs=4k seek=$i 2>/dev/null || refused=yes
     sha256sum <block >>acknowledged
-    dd if={disk} of=back iflag=direct bs=4k skip=$i count=1 2>/dev/null || break
-    cmp -s block back || echo "block $i came back different" >>different
+    dd if={disk} of=back iflag=direct bs=4k skip=$i count=1 2>/dev/null || refused=yes
+    cmp -s block back || echo $i >>different
+    [ -z "$refused" ] || break
     i=$((i + 1))
 done
 echo ended >ended
@@ -95,7 +97,9 @@ def wait_for_blocks(guest: Guest, count: int) -> None:
 
 
 def finish_blocks(guest: Guest, disk: str) -> tuple[int, list[int]]:
-    """End the writer; return how many blocks it noted, and which of them are wrong now.
+    """End the writer; return how many blocks it noted, and which of them are wrong.
+
+    A block that the disk refused to take or to give is one of them, and the last.
 
     Raises:
         GuestError: the guest does not answer.
@@ -106,7 +110,7 @@ def finish_blocks(guest: Guest, disk: str) -> tuple[int, list[int]]:
     found += [""] * (len(noted) - len(found))
     wrong = [number for number, sum_ in enumerate(noted) if found[number] != sum_]
     at_once = guest.check("cat different 2>/dev/null || true").split("\n")[:-1]
-    return len(noted), sorted({*wrong, *(int(line.split()[1]) for line in at_once)})
+    return len(noted), sorted({*wrong, *map(int, at_once)})
 
 
 class SerialEcho:
