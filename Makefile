@@ -11,7 +11,7 @@
 # Two verbs side by side would run two pips in one .venv.
 .NOTPARALLEL:
 .PHONY: help setup setup-dev demo demo-qemu test test-qemu test-all check bench docs dist lock clean
-.PHONY: distclean platform compiler guests fetched
+.PHONY: distclean platform compiler browser guests fetched
 
 PYTHON ?= python3
 export PYTHON
@@ -41,8 +41,8 @@ test-qemu: platform compiler guests ## run the tests with guests under QEMU, whi
 	@$(PYTEST) tests/qemu
 
 # One run of pytest, so that its summary is about everything.
-test-all: platform compiler guests ## run every test that this machine can run
-	@$(PYTEST) $(FAST) tests/qemu
+test-all: platform compiler browser guests ## run every test that this machine can run
+	@$(PYTEST) $(FAST) tests/browser tests/qemu
 
 docs: .venv/.installed-run ## write the pages that are made from tables
 	@$(RUN) -m vfiomig.checks.page docs/checks.md
@@ -75,7 +75,7 @@ guests: .venv/.installed-test
 fetched:
 	@$(RUN) -m vmtest fetch --demo >/dev/null
 
-platform compiler:
+platform compiler browser:
 	@sh tools/prerequisites.sh $@
 
 # What a lock contains of the others; installing it makes installing them unnecessary.

@@ -1,11 +1,12 @@
 #!/bin/sh
 # Says what this machine lacks, one line for each thing, and exits with 2 if there is any.
 #
-#   tools/prerequisites.sh [python] [platform] [compiler]
+#   tools/prerequisites.sh [python] [platform] [compiler] [browser]
 #
 # python    a Python with venv, named by PYTHON (python3 by default): every verb
 # platform  Linux on x86-64 whose seccomp lets another process answer system calls: demo, test
 # compiler  gcc and the headers of the C library: test
+# browser   Chromium: test-all
 #
 # POSIX sh, because Python may be what is missing.
 # SECCOMP_ACTIONS names another list of seccomp actions than the kernel's; the tests use it.
@@ -62,12 +63,20 @@ check_compiler() {
     fi
 }
 
+check_browser() {
+    for browser in chromium chromium-browser google-chrome; do
+        command -v "$browser" >/dev/null 2>&1 && return
+    done
+    lacks "chromium is not installed and a test opens a page in it: apt install chromium"
+}
+
 for what in "$@"; do
     case $what in
     python) check_python ;;
     platform) check_platform ;;
     compiler) check_compiler ;;
-    *) lacks "prerequisites.sh checks python, platform or compiler, not '$what'" ;;
+    browser) check_browser ;;
+    *) lacks "prerequisites.sh checks python, platform, compiler or browser, not '$what'" ;;
     esac
 done
 exit "$missing"

@@ -36,6 +36,7 @@ class Machine:
         self.program("apt-get", APT_GET)
         self.program("dpkg-query", "echo 2.36-9+deb12u9")
         self.program("gcc", "cat >/dev/null")
+        self.program("chromium", "")
 
     def program(self, name: str, body: str) -> None:
         path = self.bin / name

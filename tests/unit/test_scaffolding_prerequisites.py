@@ -25,6 +25,7 @@ class Machine:
         (self.bin / "grep").symlink_to(grep)
         self.program("python3", f'exec "{sys.executable}" "$@"')
         self.program("gcc", "cat >/dev/null")
+        self.program("chromium", "")
         (self.bin / "cat").symlink_to("/bin/cat")
         self.is_a("Linux", "x86_64", "6.1.0-18-amd64")
 
@@ -62,7 +63,7 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def test_a_machine_that_has_everything_hears_nothing(machine: Machine) -> None:
-    assert machine.lacks("python", "platform", "compiler") == []
+    assert machine.lacks("python", "platform", "compiler", "browser") == []
 
 
 def test_this_machine_runs_the_tests_so_it_has_everything() -> None:
@@ -143,6 +144,14 @@ def test_another_system(machine: Machine) -> None:
     machine.is_a("Darwin", "arm64", "23.1.0")
     (line,) = machine.lacks("platform")
     assert "this is Darwin, the syscall door needs Linux" in line
+
+
+def test_no_browser(machine: Machine) -> None:
+    (machine.bin / "chromium").rename(machine.bin / "google-chrome")
+    assert machine.lacks("browser") == []
+    (machine.bin / "google-chrome").unlink()
+    (line,) = machine.lacks("browser")
+    assert "apt install chromium" in line
 
 
 def test_no_compiler(machine: Machine) -> None:
