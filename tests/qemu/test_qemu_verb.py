@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +15,8 @@ import pytest
 from boot_sector import boot_sector
 from on_a_terminal import Terminal
 from readme_blocks import blocks
+from vfiomig.qemu.migration import configure, start_outgoing, wait_settled
+from vfiomig.qemu.qmp import Qmp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,6 +109,48 @@ def test_the_requests_of_qemu_can_be_traced(parts: GuestParts, disk: str, tmp_pa
     assert run(command).returncode == CODE
     assert "vfio0 fd" in trace.read_text()
     assert "IOMMU_IOAS_MAP() = 0" in trace.read_text()
+
+
+@contextmanager
+def machine_with_monitor(
+    parts: GuestParts, folder: Path, *options: str
+) -> Iterator[tuple[subprocess.Popen[bytes], Qmp]]:
+    """A `vfiomig qemu` whose monitor is a socket, by arguments of the user's own."""
+    path = folder / f"qmp{len(list(folder.iterdir()))}"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        listener.settimeout(PATIENCE_S)
+        words = vfiomig_qemu(parts, "--device", "pattern,size=1M", "--memory", "64M", *options)
+        with (
+            subprocess.Popen(
+                [*words, "--", "-qmp", f"unix:{path}"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            ) as process,
+            closing(Qmp(listener.accept()[0])) as qmp,
+        ):
+            try:
+                qmp.greet()
+                yield process, qmp
+            finally:
+                process.terminate()
+
+
+def test_a_second_one_takes_the_machine_of_the_first(parts: GuestParts, tmp_path: Path) -> None:
+    link = f"unix:{tmp_path}/link"
+    with (
+        machine_with_monitor(parts, tmp_path) as (source, leaving),
+        machine_with_monitor(parts, tmp_path, "--incoming", link) as (target, arriving),
+    ):
+        configure(leaving, parameters={"avail-switchover-bandwidth": 1 << 30})
+        start_outgoing(leaving, link)
+        assert wait_settled(leaving, timeout=PATIENCE_S) == "completed"
+        arriving.wait_event("RESUME")
+        assert arriving.execute("query-status")["status"] == "running"
+        for process, qmp in ((source, leaving), (target, arriving)):
+            qmp.execute("quit")
+            assert process.wait(PATIENCE_S) == 0
 
 
 def test_arguments_that_qemu_refuses_are_its_own_words_and_code(
