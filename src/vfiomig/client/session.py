@@ -69,7 +69,7 @@ class Session:
         self._on_close = on_close
 
     def fileno(self) -> int:
-        """The data_fd; of a device in this process a number that the system does not know."""
+        """The data_fd: a number that the system does not know, unless it is a kernel's device."""
         if self._data_fd == NO_FD:
             raise SessionError(errno.EBADF, f"{self._requests.name}: the session was closed")
         return self._data_fd

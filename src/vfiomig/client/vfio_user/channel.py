@@ -89,7 +89,7 @@ class Channel:
         #: Held while a message is sent, from its making to its last byte.
         self._sending = threading.Lock()
         #: Guards everything below, and tells of every change of it that somebody may wait for.
-        self._changed = threading.Condition(threading.Lock())
+        self._changed = threading.Condition()
         #: The thread that receives, 0 for none.
         self._receiver = 0
         self._waiting = 0
@@ -368,6 +368,7 @@ class Channel:
             if self._failure is None:
                 self._failure = RequestError(number, f"the server at {self.name} {what}")
             failure = self._failure
+            self._watch()
             self._changed.notify_all()
         self._stream.shut_down()
         return RequestError(failure.errno or number, failure.strerror or "")

@@ -25,7 +25,7 @@ from vfiomig.wire import Capabilities, ClientConnection, Reply
 if TYPE_CHECKING:
     from vfiomig.wire import Limits
 
-__all__ = ("TIMEOUT", "connect")
+__all__ = ("OURS", "TIMEOUT", "connect", "establish", "greet")
 
 #: Seconds for a reply. A change of state may take long: a device stops, or checks all it was given.
 TIMEOUT = 300.0
@@ -68,16 +68,20 @@ def connect(path: str, timeout: float | None = None) -> VfioUserTransport:
         TargetError: with the errno, and what to do.
     """
     timeout = TIMEOUT if timeout is None else timeout
-    greeting = min(timeout, GREETING)
     try:
-        stream = Stream(_connect(path, greeting))
+        connected = _connect(path, min(timeout, GREETING))
     except OSError as failure:
         number = failure.errno or errno.EIO
         advice = ADVICE.get(number, failure.strerror or "").format(path=path)
         raise _refused(path, number, advice) from None
-    connection = ClientConnection(OURS)
+    return establish(connected, path, timeout)
+
+
+def establish(connected: socket.socket, path: str, timeout: float) -> VfioUserTransport:
+    """Take a connection over: agree on a version, and find out what is there; see ``connect``."""
+    stream, connection = Stream(connected), ClientConnection(OURS)
     try:
-        limits = _greet(path, stream, connection, time.monotonic() + greeting)
+        limits = greet(path, stream, connection, time.monotonic() + min(timeout, GREETING))
     except BaseException:
         for fd in connection.close():
             os.close(fd)
@@ -114,7 +118,7 @@ def _connect(path: str, patience: float) -> socket.socket:
     return connected
 
 
-def _greet(path: str, stream: Stream, connection: ClientConnection, deadline: float) -> Limits:
+def greet(path: str, stream: Stream, connection: ClientConnection, deadline: float) -> Limits:
     """Agree on a version."""
     try:
         proposal = connection.propose_version()

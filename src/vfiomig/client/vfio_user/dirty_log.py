@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 from vfiomig.abi import vfio, vfio_user
 from vfiomig.client.dma import dirty_ranges
 from vfiomig.client.requests import GET, SET
-from vfiomig.client.vfio_user.memory import PAGE, bitmap_size
+from vfiomig.client.vfio_user.memory import PAGE
 from vfiomig.core.dma_logging import read_ranges, read_report, tell
 from vfiomig.errors import RequestError
 from vfiomig.iommu import DirtyLog
+from vfiomig.iommu.dirty import bitmap_size
 from vfiomig.wire import requests
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class DmaLog:
         with self._memory.lock:
             if self._log is not None:
                 raise OSError(errno.EINVAL, "logging has been started already")
+            if not self._remote.limits.mig_stream and not self._memory.has_dma():
+                # Such a server of libvfio-user says yes to a PROBE, and aborts at the request.
+                raise OSError(errno.ENOTTY, "the server's device has no DMA")
             log = DirtyLog(ranges)
             self._memory.log_into(log)  # before the server logs, so that no write is in neither
             try:
@@ -94,14 +98,15 @@ class DmaLog:
         mapping = given.mapping
         room = self._remote.limits.data_out - vfio_user.DmaLoggingReport.SIZE
         most = room // 8 * 64 * PAGE
-        if not self._remote.limits.mig_stream:
-            start, end = mapping.iova, mapping.end  # libvfio-user: nothing but all of it
-            if mapping.length > most:
-                raise OSError(
-                    errno.E2BIG,
-                    f"the server tells of {most:#x} bytes at most, and of {mapping.length:#x} at "
-                    "once; map the memory in smaller pieces",
-                )
+        whole = not self._remote.limits.mig_stream  # libvfio-user: all of it or nothing
+        if most <= 0 or (whole and mapping.length > most):
+            raise OSError(
+                errno.E2BIG,
+                f"the server tells of {max(0, most):#x} bytes at most, and of {mapping.length:#x} "
+                "at once; map the memory in smaller pieces",
+            )
+        if whole:
+            start, end = mapping.iova, mapping.end
         start, end = max(start, mapping.iova), min(end, mapping.end)
         while start < end:
             length = min(end - start, most)
@@ -111,7 +116,7 @@ class DmaLog:
 
     def _ask(self, iova: int, length: int) -> list[tuple[int, int]]:
         asked = vfio_user.DmaLoggingReport(iova=iova, length=length, page_size=PAGE)
-        size = bitmap_size(length)
+        size = bitmap_size(length, PAGE)
         told = self._remote.feature(GET | REPORT, bytes(asked), size=asked.SIZE + size, room=size)
         bitmap = told[asked.SIZE : asked.SIZE + size]
         return list(dirty_ranges(bitmap, iova, length, PAGE))

@@ -111,8 +111,9 @@ def _region(remote: Remote, index: int) -> Region | None:
         info, areas = remote.region(index)
     except RequestError:
         raise
-    except OSError:
-        return None  # VGA, where there is none
+    except OSError as refusal:
+        _require_absent(refusal)  # VGA, where there is none
+        return None
     return Region(info.size, info.flags & ~vfio.VFIO_REGION_INFO_FLAG_CAPS, areas)
 
 
@@ -121,5 +122,12 @@ def _irq(remote: Remote, index: int) -> vfio.IrqInfo | None:
         return remote.irq(index)
     except RequestError:
         raise
-    except OSError:
-        return None  # ERR of a device that is not PCI Express
+    except OSError as refusal:
+        _require_absent(refusal)  # ERR of a device that is not PCI Express
+        return None
+
+
+def _require_absent(refusal: OSError) -> None:
+    """See that a refusal says that there is none, and is not about a descriptor on the way."""
+    if refusal.errno in {errno.EMFILE, errno.ENFILE}:
+        raise refusal

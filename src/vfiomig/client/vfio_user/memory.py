@@ -29,6 +29,7 @@ from vfiomig.core.iommufd import Iommufd
 from vfiomig.errors import RequestError
 from vfiomig.iommu import DirtyLog, DmaPort, IoSpace, Mapping
 from vfiomig.iommu.backing import open_file_behind
+from vfiomig.iommu.dirty import bitmap_size
 from vfiomig.iommu.limits import Limit
 from vfiomig.wire import replies, requests
 from vfiomig.wire.layouts import DMA_ACCESS
@@ -38,13 +39,15 @@ if TYPE_CHECKING:
     from vfiomig.core.caller import Caller
     from vfiomig.wire import Buffers, Request
 
-__all__ = ("PAGE", "Given", "SharedMemory", "bitmap_size")
+__all__ = ("PAGE", "Given", "SharedMemory")
 
 #: What dirty bits are asked for in: the finest that there is.
 PAGE = 4096
-#: What a server asks of the memory that it is given.
-PAGES = Limit((), PAGE)
 EVERYTHING = 1 << 64
+#: An IOVA at which no memory is ever mapped.
+NOWHERE = 1 << 62
+#: What a server asks of the memory that it is given.
+PAGES = Limit(((NOWHERE, EVERYTHING - 1),), PAGE)
 WITH_BITMAP = vfio_iommu.VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP
 #: Requests of an iommufd that need nothing of a server.
 PLAIN = frozenset({iommufd.IOMMU_DESTROY, iommufd.IOMMU_IOAS_ALLOC, iommufd.IOMMU_IOAS_IOVA_RANGES})
@@ -156,6 +159,17 @@ class SharedMemory:
 
     # Messages to the server.
 
+    def has_dma(self) -> bool:
+        """Find out whether the server's device has DMA; libvfio-user without accepts anything."""
+        nothing = vfio_user.DmaUnmap(argsz=vfio_user.DmaUnmap.SIZE, addr=NOWHERE, size=PAGE)
+        try:
+            self._remote.channel.call(done, vfio_user.VFIO_USER_DMA_UNMAP, bytes(nothing))
+        except RequestError:
+            raise
+        except OSError:
+            return True
+        return False
+
     def _give(self, mapping: Mapping) -> None:
         limits = self._remote.limits
         if len(self._given) >= limits.max_dma_maps:
@@ -199,7 +213,7 @@ class SharedMemory:
 
     def _take_back(self, given: Given) -> None:
         mapping = given.mapping
-        size = bitmap_size(mapping.length)
+        size = bitmap_size(mapping.length, PAGE)
         logged = given.by_file and self._port.logs
         if logged and size > self._remote.limits.data_out:
             # More bits than fit a message: all of it counts as written.
@@ -249,8 +263,3 @@ class SharedMemory:
         """Log what the server says that it wrote."""
         for log in self._port.logs:
             log.mark(iova, length)
-
-
-def bitmap_size(length: int) -> int:
-    """Return the bytes of a bitmap of so much memory, in whole words of 64 bits."""
-    return -(-length // (PAGE * 64)) * 8

@@ -20,7 +20,7 @@ from vfiomig.client.vfio_user.channel import done
 from vfiomig.client.vfio_user.sessions import DataFd, Sessions
 from vfiomig.core.regions import region_offset
 from vfiomig.errors import RequestError, WireError
-from vfiomig.fsm import SessionKind, State
+from vfiomig.fsm import PRE_COPY_GROUP, Capability, SessionKind, State
 from vfiomig.wire import replies, requests
 from vfiomig.wire.layouts import MIG_DATA, REGION_ACCESS
 
@@ -239,12 +239,19 @@ class Remote:
         self.sessions.require(data_fd, kind)
 
     def precopy_info(self, data_fd: DataFd, asked: vfio.PrecopyInfo) -> vfio.PrecopyInfo:
-        """Ask what is left before STOP_COPY; as in the kernel the state is looked at first."""
+        """Ask what is left before STOP_COPY."""
         with self.order:
             if self.sessions.state is None:
                 self.query_locked()
-            if not self.sessions.in_precopy:
-                raise OSError(errno.EINVAL, "the device is in no pre-copy state")
-            self.sessions.require_open(data_fd)
+            if not self.sessions.is_open(data_fd):
+                raise OSError(self._stale_info_locked(), "the session is over")
             call = self.channel.send(vfio_user.VFIO_USER_MIG_GET_PRECOPY_INFO, bytes(asked))
         return self.channel.finish(call, replies.precopy_info_untrusted)
+
+    def _stale_info_locked(self) -> int:
+        """Return what a kernel says to who asks by a data_fd of an earlier session."""
+        size = vfio.FeatureMigration.SIZE
+        told = self.feature(GET | vfio.VFIO_DEVICE_FEATURE_MIGRATION, size=size, room=size)
+        if Capability.PRE_COPY not in Capability(vfio.FeatureMigration.parse(told).flags):
+            return errno.ENOTTY
+        return errno.ENODEV if self.sessions.state in PRE_COPY_GROUP else errno.EINVAL

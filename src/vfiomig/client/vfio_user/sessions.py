@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from vfiomig.client.dialects import known
 from vfiomig.errors import RequestError
-from vfiomig.fsm import PRE_COPY_GROUP, SessionKind, State, session_kind
+from vfiomig.fsm import SessionKind, State, session_kind
 
 __all__ = ("DataFd", "Sessions")
 
@@ -69,12 +69,8 @@ class Sessions:
             raise RequestError(
                 errno.EIO, "a transfer was interrupted, and nobody knows which bytes it moved"
             )
-        self.require_open(data_fd)
-
-    def require_open(self, data_fd: DataFd) -> None:
-        if data_fd.session != self._session:
+        if not self.is_open(data_fd):
             raise OSError(errno.ENODEV, "the session is over")
 
-    @property
-    def in_precopy(self) -> bool:
-        return self.state in PRE_COPY_GROUP
+    def is_open(self, data_fd: DataFd) -> bool:
+        return data_fd.session == self._session
