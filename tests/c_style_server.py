@@ -101,6 +101,8 @@ class Options:
     minor: int = 2
     maps_files: bool = True
     migratable: bool = True
+    #: Without, memory is accepted and ignored, and a DMA log is the end of the server.
+    dma: bool = True
     #: Not as libvfio-user: it speaks the extension, and takes messages however they come.
     mig_stream: bool = False
     #: What is left to read in PRE_COPY, for the extension.
@@ -289,6 +291,8 @@ class CStyleServer:
         return struct.pack("<HH", 0, min(minor, self.options.minor)) + text.encode() + b"\0"
 
     def dma_map(self, body: bytes, fds: list[int]) -> bytes:
+        if not self.options.dma:
+            return b""
         argsz, flags, offset, address, size = struct.unpack("<IIQQQ", body)
         if argsz < 32 or flags & ~15 or not size:
             raise Refused(errno.EINVAL)
@@ -305,6 +309,8 @@ class CStyleServer:
         return b""
 
     def dma_unmap(self, body: bytes, fds: list[int]) -> bytes:
+        if not self.options.dma:
+            return b""
         argsz, flags, address, size = struct.unpack_from("<IIQQ", body)
         mapped = self.memory.get(address)
         if mapped is None or mapped.size != size:
@@ -398,6 +404,9 @@ class CStyleServer:
         if index == 2:
             self._walk(struct.unpack_from("<I", body, 8)[0], body)
         elif index in {6, 7}:
+            if not self.options.dma:
+                self.hang_up()
+                raise ConnectionError
             self.logging = index == 6
         return body
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfiomig.client.vfio_user.channel import Channel
-from vfiomig.client.vfio_user.connecting import OURS, _greet
+from vfiomig.client.vfio_user.connecting import OURS, greet
 from vfiomig.client.vfio_user.stream import Stream
 from vfiomig.wire import ClientConnection
 
@@ -70,7 +70,7 @@ def raw_peer(timeout: float = DEADLINE) -> Iterator[tuple[Channel, RawPeer]]:
         peer.send(message(1, b"\0\0\2\0", msg_id=1, flags=REPLY))
         stream = Stream(ours)
         connection = ClientConnection(OURS)
-        _greet("peer", stream, connection, time.monotonic() + DEADLINE)
+        greet("peer", stream, connection, time.monotonic() + DEADLINE)
         assert peer.receive().command == 1
         channel = Channel(stream, connection, "peer", timeout)
         try:

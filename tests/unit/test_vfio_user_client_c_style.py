@@ -398,6 +398,16 @@ def test_its_log_and_the_clients_own_make_one(tmp_path: Path) -> None:
             dev.unmap(0x110000, 16 * PAGE)
 
 
+def test_a_server_without_dma_is_not_brought_down_by_a_log(tmp_path: Path) -> None:
+    with opened(tmp_path, options=Options(dma=False)) as (_, dev), mmap.mmap(-1, PAGE) as memory:
+        dev.map(0x10000, memory)
+        with pytest.raises(RequestError) as caught:
+            dev.start_dma_logging([(0x10000, PAGE)])
+        assert caught.value.errno == errno.ENOTTY
+        assert dev.read_region(0, 0, 4) == bytes(4)
+        dev.unmap(0x10000, PAGE)
+
+
 def test_vectors_are_left_out_and_given_in_turns(tmp_path: Path) -> None:
     with opened(tmp_path) as (server, dev):
         numbers = [os.eventfd(0) for _ in range(2)]

@@ -1,14 +1,13 @@
 """Servers that lie, stop in the middle, or go away: one error of ours, at once, and nothing kept.
 
-A scenario uses everything that a client does. It is run again and again, and each time another
-of the server's replies is another one than it should be.
+The scenario is run again and again, and each time another of the server's replies is another one
+than it should be.
 """
 
 from __future__ import annotations
 
 import errno
 import mmap
-import os
 import struct
 import time
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ import pytest
 
 import vfiomig
 from c_style_server import DMA_READ, DMA_WRITE, HEADER, CStyleServer, Options
+from client_scenario import REPLIES, STATE, scenario
 from vfiomig import State, VfioMigError
 from vfiomig.client.recovery import Outcome, recover
 from vfiomig.errors import RequestError
@@ -25,46 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from vfiomig import DeviceClient
 
 PAGE = mmap.PAGESIZE
-STATE = bytes(range(256)) * 300
-#: As many replies as the scenario needs, VERSION included; see the first test.
-REPLIES = 38
-
-
-def scenario(dev: DeviceClient, memory: mmap.mmap) -> list[VfioMigError]:
-    """Do everything; return what failed. Whatever is no error of ours is raised."""
-    failed: list[VfioMigError] = []
-
-    def attempt(step: Callable[[], object]) -> None:
-        try:
-            step()
-        except VfioMigError as error:
-            failed.append(error)
-
-    def stream(target: State, move: Callable[[vfiomig.Session], object]) -> None:
-        session = dev.set_state(target)
-        assert session is not None
-        with session:
-            move(session)
-
-    number = os.eventfd(0)
-    attempt(lambda: dev.capabilities)
-    attempt(lambda: dev.map(0x10000, memory))
-    attempt(lambda: dev.interrupts.enable(2, [number, None, number]))
-    attempt(lambda: dev.start_dma_logging([(0x10000, PAGE)]))
-    attempt(lambda: dev.write_region(0, 0, b"0123"))
-    attempt(lambda: dev.read_region(0, 0, 4))
-    attempt(lambda: stream(State.STOP_COPY, lambda session: b"".join(session.chunks(50000))))
-    attempt(lambda: stream(State.RESUMING, lambda session: session.write_all(bytes(50000))))
-    attempt(lambda: dev.set_state(State.RUNNING))
-    attempt(lambda: dev.report_dma_logging(0x10000, PAGE))
-    attempt(dev.stop_dma_logging)
-    attempt(dev.reset)
-    attempt(lambda: dev.unmap(0x10000, PAGE))
-    os.close(number)
-    return failed
 
 
 def run(path: Path, options: Options, timeout: float = 5.0) -> list[VfioMigError]:

@@ -125,6 +125,8 @@ def log_two_ranges(opened: Opened) -> object:
     return opened.dev.start_dma_logging([(0x1000, 0x2000), (0x10000, 0x1000)])
 
 
+#: Asked of a server that may be without DMA: one that has it says ENOENT.
+NO_SUCH_MEMORY = (c_style.DMA_UNMAP, words(24, 0) + longs(1 << 62, PAGE), 0)
 ROWS: dict[str, tuple[Callable[[Opened], object], list[tuple[int, bytes, int]]]] = {
     "reset": (
         lambda opened: opened.dev.reset(),
@@ -146,11 +148,12 @@ ROWS: dict[str, tuple[Callable[[Opened], object], list[tuple[int, bytes, int]]]]
     "start logging": (
         log_two_ranges,
         [
+            NO_SUCH_MEMORY,
             (
                 c_style.FEATURE,
                 words(56, 0x20006) + longs(4096, 2, 0x1000, 0x2000, 0x10000, 0x1000),
                 0,
-            )
+            ),
         ],
     ),
     "stop logging": (
@@ -256,6 +259,7 @@ def test_a_file_goes_along_with_its_memory_and_takes_its_dirty_bits_back(opened:
         (c_style.DMA_MAP, mapped, 1),
         (c_style.DMA_UNMAP, words(24, 0) + longs(0x100000, 4 * PAGE), 0),
         (c_style.DMA_MAP, mapped, 1),
+        NO_SUCH_MEMORY,
         (c_style.FEATURE, words(40, 0x20006) + longs(4096, 1, 0x100000, 0x4000), 0),
         (c_style.FEATURE, words(40, 0x10008) + longs(0x100000, 0x4000, 4096), 0),
         (c_style.DMA_UNMAP, words(48, 1) + longs(0x100000, 0x4000, 4096, 8), 0),
