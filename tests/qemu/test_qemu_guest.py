@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 SIZE = 64 << 20
 #: In 4 KiB writes, so that there is an interrupt for each.
 BLOCKS = 256
-#: For the comparison of speeds: how much is read each time, which takes about a second.
-READS = 2000
 #: Of a serial stream; a guest under emulation moves some thousand bytes per second.
 LINES = 1500
 STREAM = b"".join(b"%d\n" % number for number in range(1, LINES + 1))
@@ -62,10 +60,7 @@ def served(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with (folder / "disk").open("wb") as disk:
         disk.truncate(SIZE)
     specs = (f"virtio_blk,path={folder}/disk", f"mtty,port0=socket:{folder}/port")
-    # The same file behind QEMU's own device, for comparison: /dev/vdb.
-    drive = f"file={folder}/disk,format=raw,if=none,id=own,readonly=on,file.locking=off"
-    own = ("-drive", drive, "-device", "virtio-blk-pci,drive=own")
-    machine = parts.machine(*vfio_words(len(specs)), *own)
+    machine = parts.machine(*vfio_words(len(specs)))
     with Guest(parts.qemu, machine, launcher=run_words(specs)) as guest:
         guest.wait_ready()
         yield Served(guest, folder)
@@ -116,24 +111,6 @@ def test_each_request_of_the_disk_ends_with_an_msi_x_interrupt(served: Served) -
     served.guest.check(f"dd if=/dev/vda of=/dev/null iflag=direct bs=4k count={BLOCKS}")
     after, _ = interrupts(served.guest, "virtio0-req.0")
     assert after - before >= BLOCKS
-
-
-def test_direct_reads_of_4k_are_told_beside_those_from_a_disk_of_qemus_own(
-    served: Served,
-) -> None:
-    # The ratio is for people to read: how busy the machine is today decides no test.
-    rounds = [(read_rate(served.guest, "vda"), read_rate(served.guest, "vdb")) for _ in range(3)]
-    print("MiB/s, served and QEMU's own:", rounds)
-    assert all(ours > 0 and own > 0 for ours, own in rounds)
-
-
-def read_rate(guest: Guest, disk: str) -> float:
-    """Return MiB/s of dd at depth 1, by the guest's clock."""
-    start, _, end, _ = guest.check(
-        f"cat /proc/uptime; dd if=/dev/{disk} of=/dev/null iflag=direct bs=4k count={READS} "
-        "2>/dev/null && cat /proc/uptime"
-    ).split()
-    return READS * 4096 / 2**20 / (float(end) - float(start))
 
 
 def test_what_the_page_cache_held_is_on_the_disk_after_a_sync(served: Served) -> None:

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-BENCH = Path(__file__).parents[2] / "bench"
+from bench_rows import check_measurement
 
 
-@pytest.mark.parametrize("name", ["state_stream", "get_state"])
+@pytest.mark.parametrize("name", ["state_stream", "get_state", "bar_read"])
 def test_a_measurement_gives_ratios_with_bars(name: str) -> None:
-    command = [sys.executable, str(BENCH / "run.py"), name, "--quick", "--json"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
-    assert ran.returncode in {0, 1}, ran.stderr
-    rows = json.loads(ran.stdout)
-    assert rows
-    for row in rows:
-        assert row["kept"] is (
-            (row["at_least"] is None or row["ratio"] >= row["at_least"])
-            and (row["at_most"] is None or row["ratio"] <= row["at_most"])
-        )
-        assert (row["at_least"] is None) is not (row["at_most"] is None)
-    assert ran.returncode == (0 if all(row["kept"] for row in rows) else 1)
+    check_measurement(name, timeout=50)

@@ -7,6 +7,8 @@ import errno
 import hashlib
 import threading
 import time
+import types
+import zlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,7 +24,7 @@ from pattern_streams import (
 )
 from vfiomig import Capability, SessionError, SpecError, State, StateRejected
 from vfiomig.client import open_device
-from vfiomig.models import make
+from vfiomig.models import block_memory, make
 from vfiomig.models.block_memory import BLOCK, BlockMemory
 from vfiomig.models.block_stream import RUN
 from vfiomig.models.counter import Counter
@@ -301,6 +303,28 @@ def test_precopy_is_the_share_that_is_offered_early(share: float) -> None:
     left = device.state_size()
     assert left == len(state_of(device))
     assert left >= (8 - blocks) * BLOCK
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_downtime_does_not_grow_with_what_precopy_has_carried(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """A user that switches over as soon as nothing is left does not ask for the end."""
+    device = Pattern(
+        size=8 * BLOCK, precopy=share, seed=2026 + int(share)
+    )  # nobody else's checksums
+    buffers = iter(device.precopy())
+    while device.precopy_info().initial_bytes:
+        next(buffers)
+    measured: list[int] = []
+
+    def crc32(data: memoryview) -> int:
+        measured.append(memoryview(data).nbytes)
+        return zlib.crc32(data)
+
+    monkeypatch.setattr(block_memory, "zlib", types.SimpleNamespace(crc32=crc32))
+    assert sum(map(len, device.save())) >= (1 - share) * 8 * BLOCK
+    assert measured == []
 
 
 def test_initial_bytes_fall_to_zero_and_changes_are_dirty_bytes() -> None:

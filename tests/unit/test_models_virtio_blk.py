@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import threading
+import types
 from typing import TYPE_CHECKING
 
 import pytest
@@ -282,7 +283,7 @@ def test_a_file_that_shrank_is_an_error_of_the_request(path: Path) -> None:
         assert driver.read(0, 512) == bytes(512)
 
 
-@pytest.mark.parametrize("refusal", ["EAGAIN", "EOPNOTSUPP", "short"])
+@pytest.mark.parametrize("refusal", ["EAGAIN", "short"])
 def test_what_the_page_cache_does_not_hold_is_read_by_the_thread(
     path: Path, monkeypatch: pytest.MonkeyPatch, refusal: str
 ) -> None:
@@ -305,6 +306,66 @@ def test_what_the_page_cache_does_not_hold_is_read_by_the_thread(
         for _ in range(3):
             assert driver.read(0, 4096) == DATA[:4096]
     assert threads == ["vfiomig-virtio"] * 3
+
+
+class Transfers:
+    """Notes which thread transfers; each takes as long by the disk's clock as the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.now = self.each_takes = 0.0
+        self.threads: list[str] = []
+        self._real = getattr(os, name)
+        monkeypatch.setattr(os, name, self._transfer)
+        clock = types.SimpleNamespace(monotonic=lambda: self.now)
+        monkeypatch.setattr(virtio_disk, "time", clock)
+
+    def _transfer(self, fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT:
+            raise OSError(errno.EOPNOTSUPP, "as a tmpfs has it")
+        self.threads.append(threading.current_thread().name)
+        self.now += self.each_takes
+        moved: int = self._real(fd, buffers, offset, flags)
+        return moved
+
+
+@pytest.mark.parametrize("name", ["pwritev", "preadv"])
+def test_a_transfer_is_made_at_once_until_one_takes_long_and_again_a_while_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path.write_bytes(bytes(SIZE))
+    transfers = Transfers(monkeypatch, name)
+    here, apart = threading.current_thread().name, "vfiomig-virtio"
+    with Bench(VirtioBlk(path=str(path))) as bench:
+        driver = Driver(bench, bench.guest)
+        driver.start()
+
+        def transfer() -> str:
+            if name == "pwritev":
+                driver.write(7, DATA[:512])
+            else:
+                driver.read(7, 512)
+            (thread,) = transfers.threads
+            transfers.threads.clear()
+            return thread
+
+        assert [transfer() for _ in range(3)] == [here] * 3
+        transfers.each_takes = 0.002
+        assert [transfer() for _ in range(3)] == [here, apart, apart]
+        transfers.now += 0.2
+        transfers.each_takes = 0
+        assert [transfer() for _ in range(3)] == [here] * 3
+
+
+def test_a_write_that_must_be_durable_is_made_by_the_thread(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_bytes(bytes(SIZE))
+    transfers = Transfers(monkeypatch, "pwritev")
+    with Bench(VirtioBlk(path=str(path))) as bench:
+        driver = Driver(bench, bench.guest)
+        driver.start(~FLUSH)
+        driver.write(7, DATA[:512])
+    assert transfers.threads == ["vfiomig-virtio"]
 
 
 def test_large_requests_go_through_in_rounds(path: Path) -> None:

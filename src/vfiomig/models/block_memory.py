@@ -186,9 +186,9 @@ class BlockMemory:
             self._checksums[block] = zlib.crc32(self._view[start : start + self.length(block)])
             self._content[block] = KNOWN
 
-    def know_checksums(self) -> None:
+    def know_checksums(self, first: int, count: int) -> None:
         """Compute in advance what ``checksum`` will need of the power-on content."""
-        for block in range(self.blocks):
+        for block in range(first, first + count):
             self._power_on.checksum(block * BLOCK, self.length(block))
 
     def checksum(self, block: int) -> int:

@@ -183,8 +183,8 @@ class Pattern(Device):
 
     def _send_precopy(self, outgoing: Outgoing) -> Iterator[Buffer]:
         yield from self._send_header(outgoing)
-        yield from self._send_blocks(outgoing, outgoing.offered)
-        self._memory.know_checksums()  # now, not while the device is down
+        # Now, not while the device is down; of blocks that are sent now, one by one.
+        self._memory.know_checksums(outgoing.offered, self._memory.blocks - outgoing.offered)
         while True:
             yield from self._send_blocks(outgoing, outgoing.offered)
             outgoing.at_temporary_end = True
@@ -207,6 +207,8 @@ class Pattern(Device):
         """Send the blocks below ``limit`` that wait for it, until none is left."""
         while (run := self._next_run(outgoing, limit)) is not None:
             first, count = run
+            if self._precopied is outgoing:
+                self._memory.know_checksums(first, count)
             yield pack_record(first, count)
             if self._rewriter is not None and self._precopied is outgoing:
                 yield from self._copies(outgoing, first, count)

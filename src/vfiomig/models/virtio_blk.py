@@ -150,10 +150,11 @@ class VirtioBlk(VirtioPci):
         length = self._check(sector, data)
         if self._readonly:
             raise DeviceError(errno.EROFS, "the disk is read-only")
-        if not may_wait and (length > SHORT or not self._disk.prompt):
-            return None
         self._disk.durable_writes = not self.common.features & VIRTIO_BLK_F_FLUSH
-        self._disk.write(self.dma, sector * SECTOR, data)
+        if may_wait:
+            self._disk.write(self.dma, sector * SECTOR, data)
+        elif length > SHORT or not self._disk.write_cached(self.dma, sector * SECTOR, data):
+            return None
         self._tell()
         return 0
 

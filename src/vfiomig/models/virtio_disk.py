@@ -5,7 +5,9 @@ Theory of operation
 Both move bytes between the medium and guest memory, which is given as (address, length) of the
 guest's. A *file* is shared storage: its content stays where it is and is no part of the device's
 state. It is open only while the device runs, so that a stopped device holds on to nothing. It is
-not ``prompt``: only what the page cache holds can be read without a wait.
+not ``prompt``: what the page cache does not hold, or not take at once, is worth a thread of its
+own. A write into the cache hardly ever waits, but nobody can tell before; so it is made at once
+as long as none has taken long lately, and so is a read where the file system cannot be asked.
 
 *Memory* is zero until it is written. It is divided into blocks, and it remembers which of them
 were ever written: these are all that a state carries. While a saving session is on, ``Unsent``
@@ -21,13 +23,14 @@ import os
 import re
 import stat
 import threading
+import time
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from vfiomig.descriptors import Fd
 from vfiomig.errors import DeviceError, SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from vfiomig.iommu import DmaPort
 
@@ -38,6 +41,9 @@ SECTOR: Final = 512
 BLOCK: Final = 64 << 10
 #: Bytes of a file that are on their way at a time.
 PIECE: Final = 1 << 20
+#: A transfer that takes longer is a reason to make no other at once, for a while.
+SLOW_SECONDS: Final = 0.001
+A_WHILE_SECONDS: Final = 0.1
 #: A number of <linux/mman.h> that Python's mmap does not name in every version.
 MAP_NORESERVE: Final = 0x4000
 
@@ -82,6 +88,9 @@ class Disk(Protocol):
     def write(self, dma: DmaPort, offset: int, segments: Segments) -> None:
         """Write guest memory to ``offset``."""
 
+    def write_cached(self, dma: DmaPort, offset: int, segments: Segments) -> bool:
+        """Do the same unless it might have to wait: then it is not done."""
+
     def flush(self) -> None:
         """Have all that was written survive a loss of power."""
 
@@ -108,6 +117,7 @@ class FileDisk:
         self._file: Fd | None = None
         self._buffer = memoryview(bytearray(PIECE))
         self._cache_can_be_asked = True
+        self._at_once_from = 0.0
 
     def open(self) -> None:
         if self._file is None:
@@ -131,17 +141,19 @@ class FileDisk:
 
     def read_cached(self, dma: DmaPort, offset: int, segments: Segments) -> bool:
         if not self._cache_can_be_asked:
-            return False
+            return self._at_once(self.read, dma, offset, segments)
+        at = offset
         for some, length in _rounds(segments):
             try:
-                if os.preadv(self._fd, [self._buffer[:length]], offset, os.RWF_NOWAIT) < length:
+                if os.preadv(self._fd, [self._buffer[:length]], at, os.RWF_NOWAIT) < length:
                     return False
             except OSError as refusal:
-                # EAGAIN: it would have to wait. A file system such as tmpfs never knows.
-                self._cache_can_be_asked = refusal.errno != errno.EOPNOTSUPP
-                return False
+                if refusal.errno != errno.EOPNOTSUPP:
+                    return False  # it would have to wait
+                self._cache_can_be_asked = False  # a file system such as tmpfs never knows
+                return self.read_cached(dma, offset, segments)
             self._scatter(dma, some)
-            offset += length
+            at += length
         return True
 
     def write(self, dma: DmaPort, offset: int, segments: Segments) -> None:
@@ -154,6 +166,26 @@ class FileDisk:
             if os.pwritev(self._fd, [self._buffer[:length]], offset, flags) < length:
                 raise DeviceError(errno.EIO, f"{self.path} does not take byte {offset + length}")
             offset += length
+
+    def write_cached(self, dma: DmaPort, offset: int, segments: Segments) -> bool:
+        return not self.durable_writes and self._at_once(self.write, dma, offset, segments)
+
+    def _at_once(
+        self,
+        transfer: Callable[[DmaPort, int, Segments], None],
+        dma: DmaPort,
+        offset: int,
+        segments: Segments,
+    ) -> bool:
+        """Make a transfer if none has taken long lately; tell whether it was made."""
+        start = time.monotonic()
+        if start < self._at_once_from:
+            return False
+        transfer(dma, offset, segments)
+        end = time.monotonic()
+        if end - start > SLOW_SECONDS:
+            self._at_once_from = end + A_WHILE_SECONDS
+        return True
 
     def flush(self) -> None:
         os.fdatasync(self._fd)
@@ -232,6 +264,10 @@ class MemoryDisk:
                 offset += length
         finally:  # what a failing transfer wrote counts as well
             self._changed(start, end)
+
+    def write_cached(self, dma: DmaPort, offset: int, segments: Segments) -> bool:
+        self.write(dma, offset, segments)
+        return True
 
     def flush(self) -> None:
         pass
