@@ -287,3 +287,16 @@ def a_new_log_remembers_the_last(bench: Bench) -> None:
 
     bench.patch(VfioDevice, "start_dirty_log", start_again)
     bench.patch(Migration, "reset", forget)
+
+
+@mutant("LOG-13", "dma.start-asks-little-of-what-it-is-given")
+def start_wants_a_power_of_two(bench: Bench) -> None:
+    def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
+        asked = look(number, argument)
+        if asked == (32, START) and readable(argument, 32):
+            size = Payload(ctypes.addressof(argument)).get(0, 8)
+            if size & (size - 1):
+                return end(errno.EINVAL)
+        return call(on, number, argument)
+
+    bench.ioctl(tamper)

@@ -243,7 +243,7 @@ def a_state_survives_the_last_close(bench: Bench) -> None:
     bench.patch(Migration, "first_open", first_open)
 
 
-@mutant("SESSION-7", "reopen.a-data-fd-outlives-its-device")
+@mutant("SESSION-7", "reopen.a-data-fd-outlives-its-device", others=1, deadline=3.0)
 def a_session_survives_the_last_close(bench: Bench) -> None:
     original = Migration.last_close
 
@@ -347,5 +347,25 @@ def every_reader_has_a_position_of_its_own(bench: Bench) -> None:
         buffer[: len(piece)] = piece
         positions[key] = at + len(piece)
         return len(piece)
+
+    bench.reads.append(read)
+
+
+CLOSED = threading.Event()
+
+
+@mutant(
+    "SESSION-4",
+    "reopen.a-reader-wakes-at-the-last-close",
+    others=1,
+    deadline=3.0,
+    release=CLOSED.set,
+)
+def the_last_close_leaves_a_reader_waiting(bench: Bench) -> None:
+    def read(call: Call, data_fd: int, buffer: memoryview) -> int:
+        count = call(data_fd, buffer)
+        if not count and len(buffer) == 4096:
+            CLOSED.wait(30)
+        return count
 
     bench.reads.append(read)

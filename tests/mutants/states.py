@@ -414,3 +414,25 @@ def a_refusal_is_told_by_its_errno_alone(bench: Bench) -> None:
         lambda asked: asked == (16, SET_STATE) and bench.migration._state is State.RUNNING,
         {errno.EFAULT: errno.EINVAL},
     )
+
+
+@mutant("SET-LANDED-12", "combinations.after-a-refusal-the-device-goes-on")
+def a_refusal_stops_the_device_unseen(bench: Bench) -> None:
+    """As one driver does it: the state reads as before, and only a reset helps."""
+    stopped: list[int] = []
+
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        if stopped and target == State.STOP_COPY:
+            return Outcome(mine._state, errno.EIO, None)
+        if mine._state is State.RUNNING and target == 0xFFFF_FFFF:
+            stopped.append(target)
+        return original(mine, target)
+
+    original_reset = Migration.reset
+
+    def reset(mine: Migration) -> int:
+        stopped.clear()
+        return original_reset(mine)
+
+    bench.set_state(set_state)
+    bench.patch(Migration, "reset", reset)

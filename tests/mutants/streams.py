@@ -379,3 +379,40 @@ def the_opt_in_survives_the_last_close(bench: Bench) -> None:
         mine.precopy_v2 = before
 
     bench.patch(Migration, "last_close", last_close)
+
+
+@mutant("LOAD-1", "resuming.one-good-load-vouches-for-no-other")
+def the_first_load_vouches_for_all(bench: Bench) -> None:
+    class Trusting(Drilled):
+        trusted = False
+
+        def load(self, state: StateReader) -> None:
+            content = state.read(1 << 16)
+            if self.trusted and len(content) == LENGTH:
+                return
+            super().load(Bytes(content))
+            self.trusted = True
+
+        def reset(self) -> None:
+            super().reset()
+            self.trusted = False
+
+    bench.device = Trusting
+
+
+@mutant("LOAD-1", "resuming.an-earlier-load-completes-no-other")
+def old_bytes_fill_up_a_short_state(bench: Bench) -> None:
+    class Stale(Drilled):
+        old = b""
+
+        def load(self, state: StateReader) -> None:
+            content = state.read(1 << 16)
+            content += self.old[len(content) :]
+            super().load(Bytes(content))
+            self.old = content
+
+        def reset(self) -> None:
+            super().reset()
+            self.old = b""
+
+    bench.device = Stale

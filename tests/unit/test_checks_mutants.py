@@ -6,13 +6,17 @@ Each test prints its row of the kill table: ``pytest -rP`` shows them all.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from errno import EINVAL, ENOTTY, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 import pytest
 
 from devices.drilled import LEVERS
+from mutants.bench import REPORT
 from mutants.table import MUTANTS, Bench, Mutant
-from vfiomig.checks import CHECKS, Suite, Verdict, choose
+from vfiomig.abi.ioctls import Dialect
+from vfiomig.checks import CHECKS, Levers, Suite, Verdict, choose
 
 if TYPE_CHECKING:
     from vfiomig.checks import Report
@@ -77,3 +81,49 @@ def test_every_rule_of_a_mutant_is_one_that_its_check_cites() -> None:
     ]
     assert wrong == []
     assert len(MUTANTS) >= 40
+
+
+#: What the kernel's mtty does otherwise, by mutants that do just that, and a log that is a stub.
+HABITS_OF_MTTY = (
+    "the_temporary_end_is_zero",
+    "a_failed_write_is_forgotten",
+    "bad_data_is_a_bad_address",
+    "a_log_can_be_started_twice",
+    "a_state_survives_the_last_close",
+)
+
+
+def test_the_habits_of_a_known_driver_are_deviations(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch, "all", Dialect.LANDED)
+    for name in HABITS_OF_MTTY:
+        MUTANTS[name].body(bench)
+    bench.swap(lambda asked: asked == (40, REPORT), {0: EOPNOTSUPP})
+    bench.swap(
+        lambda asked: asked == (40, REPORT) and bench.served.dirty_log is None,
+        {EINVAL: EOPNOTSUPP},
+    )
+    bench.answer(lambda asked: asked.number == 12, ENOTTY)
+    with Suite(bench.serve(), "mtty", levers=Levers()) as suite:
+        suite.facts = replace(suite.facts, kernel=(6, 12, 117), identity=(0x4348, 0x3253))
+        report = suite.run(choose())
+    bench.end()
+    results = {result.check.id: result for result in report.results}
+    assert [r.check.id for r in report.failed] == []
+    assert {name for name, r in results.items() if r.verdict is Verdict.NOT_RUN} == {
+        "reopen.from-resuming",
+        *(check.id for check in CHECKS if check.lever == "write_by_dma"),
+    }
+    assert "FAULT-29" in results["reopen.from-resuming"].saw
+    rules = {
+        "precopy.the-temporary-end-is-enomsg": "FAULT-8",
+        "resuming.a-foreign-state-is-refused": "FAULT-13",
+        "resuming.a-write-after-a-failed-one-saves-nothing": "FAULT-13",
+        "dma.start-is-refused-while-logging": "LOG-11",
+        "dma.report-needs-a-log": "mtty",
+        "reopen.from-stop": "FAULT-29",
+    }
+    for name, rule in rules.items():
+        assert results[name].verdict is Verdict.DEVIATES
+        assert rule in results[name].saw
+    chapters = {r.check.chapter for r in results.values() if r.verdict is Verdict.DEVIATES}
+    assert chapters == {"precopy", "resuming", "dma", "reopen"}

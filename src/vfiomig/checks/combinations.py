@@ -197,3 +197,17 @@ def a_state_that_the_device_lacks_is_refused(subject: Subject) -> None:
             what = f"{origin.name} -> {target.name}"
             subject.evidence.expect_errno(what, reply.errno, errno.EINVAL)
             subject.expect_state(origin)
+
+
+@CHAPTER.check("SET-LANDED-12", "CAP-3")
+def after_a_refusal_the_device_goes_on(subject: Subject) -> None:
+    """Targets that are refused in RUNNING leave a device that can be stopped, saved and started.
+
+    One driver stops its device when it refuses, and shows the state of before.
+    """
+    for target in (State.ERROR, 8, 0xFFFF_FFFF):
+        reply = subject.request(target)
+        subject.evidence.expect_errno(f"RUNNING -> {target:#x}", reply.errno, errno.EINVAL)
+    for state in (State.STOP, State.STOP_COPY, State.RUNNING):
+        reply = subject.request(state)
+        subject.evidence.expect_errno(state.name, reply.errno, 0, known={errno.EIO: "FAULT-25"})

@@ -239,6 +239,19 @@ def start_tells_the_page_size_in_use(subject: Subject) -> None:
         subject.evidence.expect_that("page_size", good, "a power of two from 4096 on", f"{size:#x}")
 
 
+@CHAPTER.check("LOG-13", "LOG-8")
+def start_asks_little_of_what_it_is_given(subject: Subject) -> None:
+    """START takes a page_size that is no power of two, and a range of no length."""
+    for what, ranges, page_size in (
+        ("a page_size of 12288", ((1 << 20, 1 << 16),), 3 * PAGE),
+        ("a range of length 0", ((IOVA, 0), (IOVA + PAGE, PAGE)), PAGE),
+    ):
+        result, _ = start(subject, ranges, page_size)
+        stop(subject)
+        saw = errno_text(result)
+        subject.evidence.prefer(what, not result, "success", saw, "LOG-13: a driver may refuse")
+
+
 # STOP.
 
 

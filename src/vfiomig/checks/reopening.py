@@ -36,7 +36,7 @@ def from_state(state: State, subject: Subject) -> None:
     subject.enter(state)
     subject.close_all()
     subject.reopen()
-    prefer_nothing_mended(subject, subject.put_up_with)
+    prefer_nothing_mended(subject, subject.mended)
     subject.expect_state(State.RUNNING, known=kept(subject, state))
     if subject.state() == State.RUNNING:
         subject.evidence.expect_errno("STOP", subject.request(State.STOP).errno, 0)
@@ -73,6 +73,21 @@ def a_data_fd_outlives_its_device(subject: Subject) -> None:
     subject.reopen()
     subject.evidence.expect_errno("a read", result, errno.ENODEV)
     subject.expect_state(State.RUNNING, known=kept(subject, State.STOP_COPY))
+
+
+@CHAPTER.check("SESSION-4", "CLOSE-1", shows=Shows.MEANING)
+def a_reader_wakes_at_the_last_close(subject: Subject) -> None:
+    """A thread that reads on and on gets ENODEV when the device is closed."""
+    data_fd = subject.session(State.STOP_COPY)
+    transport = subject.raw.transport
+    reader = subject.read_on_beside(data_fd)
+    subject.evidence.step("close the device")
+    subject.target.close()
+    subject.forget_descriptors()
+    last = reader.result("the reader")
+    transport.close(data_fd)
+    subject.reopen()
+    subject.evidence.expect_errno("the last read", -last, errno.ENODEV)
 
 
 @CHAPTER.check("CLOSE-1", "CLOSE-2")

@@ -31,19 +31,19 @@ ROUNDS = 12
 
 def reset(subject: Subject) -> None:
     """Reset the device; one that cannot be reset has nothing to show here."""
-    mended = len(subject.put_up_with)
+    before = len(subject.mended)
     result = subject.reset()
     if result == errno.EINVAL:
         raise Inapplicable("the device has no reset (RESET-3)")
     subject.evidence.expect_errno("RESET", result, 0)
-    prefer_nothing_mended(subject, subject.put_up_with[mended:])
+    prefer_nothing_mended(subject, subject.mended[before:])
 
 
 def prefer_nothing_mended(subject: Subject, found: list[str]) -> None:
-    """Note what the client of a server had to do so that the device runs."""
-    if subject.facts.is_server:
-        saw = "; ".join(found) or "nothing"
-        subject.evidence.prefer("what the client mended", not found, "nothing", saw, "FAULT-7")
+    """Note what the client had to do so that the device runs."""
+    rule = "FAULT-7" if subject.facts.is_server else "FAULT-29"
+    saw = "; ".join(found) or "nothing"
+    subject.evidence.prefer("what the client mended", not found, "nothing", saw, rule)
 
 
 def expect_running(subject: Subject, before: int) -> None:

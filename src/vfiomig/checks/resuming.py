@@ -192,6 +192,28 @@ def after_a_refusal_and_a_reset_a_state_is_taken(subject: Subject) -> None:
     subject.evidence.expect_errno("RESUMING -> STOP", offered.leave, 0)
 
 
+@CHAPTER.check("LOAD-3", "LOAD-1")
+def one_good_load_vouches_for_no_other(subject: Subject) -> None:
+    """After a state was taken a foreign one is refused all the same."""
+    length = len(subject.some_state())
+    subject.loaded()
+    subject.go(State.STOP)
+    offered = offer(subject, foreign_bytes(length))
+    prefer_refusal(subject, f"{length} foreign bytes", offered, "FAULT-14, FAULT-15, USER-11")
+
+
+@CHAPTER.check("LOAD-3", "LOAD-1")
+def an_earlier_load_completes_no_other(subject: Subject) -> None:
+    """After a state was taken one that ends a byte early is refused: no old bytes fill it up."""
+    state = subject.some_state()
+    if len(state) < 2:
+        raise Inapplicable("the device's state has one byte")
+    subject.loaded()
+    subject.go(State.STOP)
+    offered = offer(subject, state[:-1])
+    prefer_refusal(subject, "a byte less", offered, "FAULT-12, FAULT-15, FAULT-16")
+
+
 @CHAPTER.check("LOAD-3", "CHOICE-3")
 def what_was_refused_may_be_completed(subject: Subject) -> None:
     """After a refusal for being short, the rest either makes the state whole or is refused."""

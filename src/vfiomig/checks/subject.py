@@ -43,8 +43,9 @@ R = TypeVar("R")
 
 #: What a refused state can be answered with; no errno of a write carries a meaning (LOAD-2).
 FOREIGN = bytes(range(256)) * 16
-#: A thread that is seen asleep so often in a row is not only waiting for its turn.
-ASLEEP = 50
+#: A thread that is seen asleep so often in a row, so far apart, is not only waiting for its turn.
+ASLEEP = 25
+LOOK_SECONDS = 0.002
 
 
 class Subject:
@@ -184,9 +185,9 @@ class Subject:
         self.evidence.expect_state("the state", self.state(), first, *others, known=known)
 
     @property
-    def put_up_with(self) -> list[str]:
-        """What the client has mended of a server's doings, where it tells."""
-        return list(getattr(self.raw.transport, "put_up_with", ()))
+    def mended(self) -> list[str]:
+        """What an open or a reset did not do by itself, and the client did for it."""
+        return list(self.client.mended)
 
     def reset(self) -> int:
         step = self.evidence.step("RESET")
@@ -340,20 +341,25 @@ class Subject:
     def read_on_beside(self, data_fd: int) -> Beside[int]:
         """Read on and on in a thread until that fails; it returns the result that is no count.
 
-        When this returns the thread has read something, or sleeps in a read.
+        When this returns the thread is at the end of the state, or has read much of it, or sleeps
+        in a read.
         """
         self.evidence.step("read on and on in a thread")
-        reads: list[int] = []
+        raw = self.raw  # of this open, also when it is closed meanwhile
+        total, is_there = 0, threading.Event()
 
         def read_on() -> int:
+            nonlocal total
             buffer = bytearray(4096)
-            while (count := self.raw.read(data_fd, buffer)) >= 0:
-                reads[:] = [count]
+            while (count := raw.read(data_fd, buffer)) >= 0:
+                total += count
+                if not count or total > CHUNK:
+                    is_there.set()
                 self.check_deadline()
             return count
 
         reader = self.beside(read_on)
-        reader.under_way(lambda: reads)
+        reader.under_way(is_there)
         return reader
 
     def beside(self, call: Callable[[], R]) -> Beside[R]:
@@ -429,10 +435,10 @@ class Beside(Generic[R]):
         except BaseException as problem:  # noqa: BLE001 - raised again by result()
             self._problem = problem
 
-    def under_way(self, began: Callable[[], object]) -> None:
-        """Wait until ``began`` holds, or the thread sleeps in what it calls."""
+    def under_way(self, began: threading.Event) -> None:
+        """Wait until ``began`` is set, or the thread sleeps in what it calls."""
         looks_alike = 0
-        while not began() and looks_alike < ASLEEP and self._thread.is_alive():
+        while looks_alike < ASLEEP and self._thread.is_alive() and not began.wait(LOOK_SECONDS):
             self._subject.check_deadline()
             looks_alike = looks_alike + 1 if self._sleeps() else 0
 

@@ -111,4 +111,5 @@ def settle(client: DeviceClient) -> DeviceClient:
         what_to_do = f"its former user left it in {state.name}, and it does not reset"
         raise diagnosis.refused(client.name, failure, what_to_do) from None
     log.warning("%s was left in %s by its former user, and has been reset", client.name, state.name)
+    client.mended.append(f"its former user left the device in {state.name}")
     return client

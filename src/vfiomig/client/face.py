@@ -82,6 +82,8 @@ class DeviceClient:
         if memory is None:
             memory = dma.AddressSpace(self._requests, None, bound=True)
         self._memory = memory
+        #: What an open or a reset did not do by itself, in sentences; it was done for it.
+        self.mended: list[str] = []
         #: How the device interrupts this client.
         self.interrupts = Interrupts(self._requests)
         #: Whether this client started the device's DMA log and has not stopped it.

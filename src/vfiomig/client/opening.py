@@ -158,7 +158,9 @@ def _descriptor(match: re.Match[str], options: Options) -> DeviceClient:
 
 def _socket(match: re.Match[str], options: Options) -> DeviceClient:
     transport = vfio_user.connect(match["path"], options.timeout)
-    return DeviceClient(transport, match[0], Dialect.LANDED)
+    client = DeviceClient(transport, match[0], Dialect.LANDED)
+    client.mended = transport.mended
+    return client
 
 
 @dataclass(frozen=True, slots=True)

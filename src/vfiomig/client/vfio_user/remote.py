@@ -58,8 +58,8 @@ class Remote:
         self.sessions = Sessions()
         #: Whether it has a migration state at all; known once the device was asked.
         self.migratable = True
-        #: What it did not keep of a kernel's promises, in sentences; nobody else would tell.
-        self.put_up_with: list[str] = []
+        #: See ``DeviceClient``.
+        self.mended: list[str] = []
         most = limits.data_out
         # Who speaks the extension receives a message as a whole, however long it is.
         self._data_out = (

@@ -79,7 +79,7 @@ def _lead_to_running(remote: Remote, why: str) -> None:
     state, name = remote.sessions.state, remote.channel.name
     where = state.name if state is not None else "a state that is not known here"
     log.warning("%s: %s %s; it is brought to RUNNING", name, why, where)
-    remote.put_up_with.append(f"{why} {where}")
+    remote.mended.append(f"{why} {where}")
     try:
         if state is State.ERROR:
             remote.reset_locked()

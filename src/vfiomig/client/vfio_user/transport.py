@@ -78,9 +78,9 @@ class VfioUserTransport:
         )
 
     @property
-    def put_up_with(self) -> list[str]:
-        """What the server did not keep of a kernel's promises, and was mended here."""
-        return self._remote.put_up_with
+    def mended(self) -> list[str]:
+        """See ``DeviceClient``."""
+        return self._remote.mended
 
     def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
         address = 0 if argument is None else ctypes.addressof(argument)
