@@ -192,4 +192,9 @@ def pair(
         VfioGuest(qemu, folder, "source", source, incoming=False, options=options) as leaving,
         VfioGuest(qemu, folder, "target", target, incoming=True, options=options) as arriving,
     ):
-        yield leaving, arriving
+        try:
+            yield leaving, arriving
+        except BaseException:
+            # pytest shows it beside the failure.
+            print(f"the source said: {leaving.said}\nthe target said: {arriving.said}")
+            raise

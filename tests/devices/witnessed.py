@@ -32,6 +32,8 @@ class Witnessed(Pattern):
 
     Whenever the arc ``holds`` is taken, that is noted, and it takes until a file ``armed`` is gone.
 
+    It takes ``pause`` seconds for the first transfer after STOP_COPY.
+
     ``saving`` and ``loading`` stand for the first transfer after STOP_COPY and after RESUMING.
     """
 
@@ -48,6 +50,7 @@ class Witnessed(Pattern):
         fatal: bool = False,
         holds: str = "",
         armed: str = "",
+        pause: float = 0,
         delay: str = "",
     ) -> None:
         super().__init__(size=size, seed=seed, caps=caps, dirty=dirty, delay=delay, precopy=precopy)
@@ -56,6 +59,7 @@ class Witnessed(Pattern):
         self._number = number
         self._fatal = fatal
         self._holds = holds
+        self._pause = pause
         self._armed = Path(armed) if armed else None
 
     def step(self, origin: State, target: State) -> None:
@@ -84,6 +88,7 @@ class Witnessed(Pattern):
 
     def save(self) -> Iterator[Buffer]:
         self._do_as_told("saving")
+        time.sleep(self._pause)
         yield from super().save()
 
     def load(self, state: StateReader) -> None:

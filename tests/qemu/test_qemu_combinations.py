@@ -61,13 +61,28 @@ class Row(NamedTuple):
         }
 
     @property
+    def parameters(self) -> dict[str, Any]:
+        """QEMU's migration parameters.
+
+        Compressed channels carry no devices. The devices' own option would keep them out as well,
+        but then a QEMU 10.0 dies now and then: it starts threads for them all the same, counts
+        these, and does not expect that they have ended for want of anything to do.
+        """
+        compression = {"multifd-compression": "zlib"} if self.multifd == "memory" else {}
+        return SWITCH_AT_ONCE | compression
+
+    @property
     def options(self) -> str:
         """What every vfio-pci is given."""
-        # Without the word, devices would go the way of the memory.
-        words = f",x-migration-multifd-transfer={'on' if self.multifd == 'devices' else 'off'}"
+        words = ",x-migration-multifd-transfer=on" if self.multifd == "devices" else ""
         if self.tracker == "iommu":
             words += ",x-device-dirty-page-tracking=off"
         return words
+
+    @property
+    def pause(self) -> float:
+        """Seconds that the source's devices take, so that no thread ends as soon as it began."""
+        return 0.05 if self.multifd == "devices" else 0
 
     @property
     def size(self) -> int:
@@ -142,7 +157,8 @@ def test_devices_arrive_by_the_states_of_their_set_whatever_else_is_chosen(
 ) -> None:
     keys = {"size": row.size, "caps": row.caps}
     numbers = range(row.devices)
-    leaving = [witnessed(**keys, seed=SOURCE_SEED + number, dirty=row.dirty) for number in numbers]
+    own = {"dirty": row.dirty, "pause": row.pause}
+    leaving = [witnessed(**keys, **own, seed=SOURCE_SEED + number) for number in numbers]
     arriving = [witnessed(**keys, seed=TARGET_SEED + number) for number in numbers]
     with pair(parts.qemu, tmp_path, leaving, arriving, row.options) as (source, target):
         account = migrate(
@@ -150,7 +166,7 @@ def test_devices_arrive_by_the_states_of_their_set_whatever_else_is_chosen(
             target.qmp,
             f"unix:{tmp_path}/link",
             capabilities=row.capabilities,
-            parameters=SWITCH_AT_ONCE,
+            parameters=row.parameters,
             timeout=30,
         )
         assert account["vfio"]["transferred"] > row.devices * row.size
