@@ -7,16 +7,6 @@
 
 /* ---- Features. ---- */
 
-static void probe_all(int dev)
-{
-	for (uint32_t index = 0; index < 16; index++)
-		say("index %u: PROBE %s, with GET %s, with SET %s, with both %s", index,
-		    outcome(feature(dev, index | PROBE, 8)),
-		    outcome(feature(dev, index | PROBE | GET, 8)),
-		    outcome(feature(dev, index | PROBE | SET, 8)),
-		    outcome(feature(dev, index | PROBE | GET | SET, 8)));
-}
-
 static void section_probe(void)
 {
 	static const int devices[] = { SOURCE, PLAIN, UNABLE };
@@ -29,7 +19,7 @@ static void section_probe(void)
 		int dev = open_bound(devices[at]);
 
 		say("%s:", names[at]);
-		probe_all(dev);
+		probe_all(dev, 16);
 		close(dev);
 	}
 }
@@ -60,29 +50,17 @@ static void section_feature_header(void)
 	close(dev);
 }
 
-static void say_migration(int dev, uint32_t argsz)
-{
-	struct feature argument = {
-		.argsz = argsz, .flags = GET | MIGRATION, .payload = { 0x1111, 0x2222 },
-	};
-	long result = ioctl(dev, DEVICE_FEATURE, &argument);
-
-	say("argsz %u = %s, header %u %#x, payload %#llx, then %#llx", argsz, outcome(result),
-	    argument.argsz, argument.flags, (unsigned long long)argument.payload[0],
-	    (unsigned long long)argument.payload[1]);
-}
-
 static void section_migration(void)
 {
 	int dev = open_bound(SOURCE), plain = open_bound(PLAIN), unable = open_bound(UNABLE);
 	struct feature argument = { .argsz = 16, .flags = GET | MIGRATION };
 
-	say_migration(dev, 8);
-	say_migration(dev, 15);
-	say_migration(dev, 16);
-	say_migration(dev, 24);
-	say_migration(plain, 16);
-	say_migration(unable, 16);
+	say_feature_migration(dev, GET, 8);
+	say_feature_migration(dev, GET, 15);
+	say_feature_migration(dev, GET, 16);
+	say_feature_migration(dev, GET, 24);
+	say_feature_migration(plain, GET, 16);
+	say_feature_migration(unable, GET, 16);
 	say("SET = %s", outcome(feature(dev, SET | MIGRATION, 16)));
 	say("payload cut off = %s", outcome(ioctl(dev, DEVICE_FEATURE, at_edge(&argument, 16, 8))));
 	say("payload cut at 4 bytes = %s",
@@ -134,7 +112,7 @@ static void section_get(void)
 	struct mig_state argument = { .argsz = 16, .flags = GET | MIG_DEVICE_STATE };
 	struct { struct mig_state state; uint64_t beyond; } larger = { argument, 0x2222 };
 
-	say_get(dev);
+	say_state(dev);
 	say("argsz 8 = %s", outcome(feature(dev, GET | MIG_DEVICE_STATE, 8)));
 	say("argsz 15 = %s", outcome(feature(dev, GET | MIG_DEVICE_STATE, 15)));
 	larger.state.argsz = 24;
@@ -151,37 +129,6 @@ static void section_get(void)
 	close(dev);
 }
 
-static void section_set(void)
-{
-	int dev = open_bound(SOURCE), first, second;
-	char byte;
-
-	say_set(dev, RUNNING);
-	say_set(dev, STOP);
-	say_set(dev, STOP);
-	first = say_set(dev, STOP_COPY);
-	say("the same state once more:");
-	say_set(dev, STOP_COPY);
-	say("read of the session = %s", outcome(read(first, &byte, 1)));
-	say_set(dev, STOP);
-	second = say_set(dev, STOP_COPY);
-	say("a file of its own for each session: %s", yes_no(first != second));
-	say("read of the first = %s", outcome(read(first, &byte, 1)));
-	say("read of the second = %s", outcome(read(second, &byte, 1)));
-	close(first);
-	close(second);
-	say("closing a data_fd changes no state:");
-	say_get(dev);
-	say_set(dev, STOP_COPY);
-	first = say_set(dev, RESUMING);
-	say("RESUMING once more:");
-	say_set(dev, RESUMING);
-	close(first);
-	say_reset(dev);
-	say_get(dev);
-	close(dev);
-}
-
 static void section_set_refused(void)
 {
 	static const uint32_t wrong[] = { ERROR, 8, 9, 255, 0x7FFFFFFF, UINT32_MAX };
@@ -190,21 +137,21 @@ static void section_set_refused(void)
 
 	for (int at = 0; at < 6; at++)
 		say_set(dev, wrong[at]);
-	say_get(dev);
+	say_state(dev);
 	fd = say_set(dev, STOP_COPY);
 	say("in STOP_COPY:");
 	for (int at = 0; at < 6; at++)
 		say_set(dev, wrong[at]);
 	say_set(dev, PRE_COPY);
 	say_set(dev, PRE_COPY_P2P);
-	say_get(dev);
+	say_state(dev);
 	say("read of the session = %s", outcome(read(fd, &byte, 1)));
 	close(fd);
 	say("a device with STOP_COPY alone:");
 	say_set(plain, RUNNING_P2P);
 	say_set(plain, PRE_COPY);
 	say_set(plain, PRE_COPY_P2P);
-	say_get(plain);
+	say_state(plain);
 	say("a device that cannot migrate:");
 	say_set(unable, STOP);
 	close(unable);
@@ -222,7 +169,7 @@ static void section_set_arguments(void)
 
 	say("argsz 8 = %s", outcome(feature(dev, SET | MIG_DEVICE_STATE, 8)));
 	say("argsz 15 = %s", outcome(feature(dev, SET | MIG_DEVICE_STATE, 15)));
-	say_get(dev);
+	say_state(dev);
 	say("argsz 24, with a data_fd in it = %s", outcome(ioctl(dev, DEVICE_FEATURE, &larger)));
 	fd = larger.state.data_fd;
 	say("and then argsz %u flags %#x device_state %s %s, behind it %#llx", larger.state.argsz,
@@ -232,42 +179,19 @@ static void section_set_arguments(void)
 	argument = (struct mig_state){ 16, PROBE | SET | MIG_DEVICE_STATE, STOP, UNTOUCHED };
 	say("PROBE of SET = %s, %s", outcome(ioctl(dev, DEVICE_FEATURE, &argument)),
 	    fd_text(argument.data_fd));
-	say_get(dev);
+	say_state(dev);
 	close(dev);
 }
 
-/* What a full table or bad memory does to a SET: the change happens, the descriptor does not. */
-static void section_set_memory(void)
+static void section_set_cut(void)
 {
-	int dev = open_bound(SOURCE), fd, before, after;
+	int dev = open_bound(SOURCE);
 	struct mig_state argument = { 16, SET | MIG_DEVICE_STATE, STOP, UNTOUCHED };
-	char byte;
 
 	say("payload cut off = %s", outcome(ioctl(dev, DEVICE_FEATURE, at_edge(&argument, 16, 8))));
 	say("payload cut at 4 bytes = %s",
 	    outcome(ioctl(dev, DEVICE_FEATURE, at_edge(&argument, 16, 12))));
-	say_get(dev);
-	say("STOP in read-only memory = %s",
-	    outcome(ioctl(dev, DEVICE_FEATURE, read_only(&argument, 16))));
-	say_get(dev);
-	argument.device_state = 9;
-	say("9 in read-only memory = %s",
-	    outcome(ioctl(dev, DEVICE_FEATURE, read_only(&argument, 16))));
-	argument.device_state = STOP_COPY;
-	before = dup(1);
-	close(before);
-	say("STOP_COPY in read-only memory = %s",
-	    outcome(ioctl(dev, DEVICE_FEATURE, read_only(&argument, 16))));
-	after = dup(1);
-	close(after);
-	say("a descriptor left behind: %s", yes_no(before != after));
-	say_get(dev);
-	say("the session without a descriptor stays:");
-	say_set(dev, STOP_COPY);
-	say_set(dev, STOP);
-	fd = say_set(dev, STOP_COPY);
-	say("read = %s", outcome(read(fd, &byte, 1)));
-	close(fd);
+	say_state(dev);
 	close(dev);
 }
 
@@ -278,13 +202,13 @@ static void section_set_full_table(void)
 
 	exhaust_descriptors();
 	say_set(dev, STOP_COPY);
-	say_get(dev);
+	say_state(dev);
 	say_set(dev, STOP);
 	say_set(dev, RESUMING);
-	say_get(dev);
+	say_state(dev);
 	say_reset(dev);
 	say_set(dev, PRE_COPY);
-	say_get(dev);
+	say_state(dev);
 	restore_descriptors();
 	say_set(dev, PRE_COPY);
 	say_set(dev, RUNNING);
@@ -307,24 +231,24 @@ static void section_failing_arcs(void)
 		fail_arc(dev, RUNNING, RUNNING_P2P, numbers[at], STAYS);
 		say_set(dev, STOP);
 	}
-	say_get(dev);
+	say_state(dev);
 	say("half way, in RUNNING_P2P:");
 	fail_arc(dev, RUNNING_P2P, STOP, EIO, STAYS);
 	say_set(dev, STOP_COPY);
-	say_get(dev);
+	say_state(dev);
 	say("half way, in STOP:");
 	fail_arc(dev, STOP, STOP_COPY, ENOSPC, STAYS);
 	say_set(dev, STOP_COPY);
-	say_get(dev);
+	say_state(dev);
 	say("hidden by memory that cannot be written:");
 	say("SET STOP_COPY = %s", outcome(ioctl(dev, DEVICE_FEATURE, read_only(&argument, 16))));
-	say_get(dev);
+	say_state(dev);
 	say("an arc before the failing one ends the session:");
 	clear_commands(dev);
 	fd = go(dev, STOP_COPY);
 	fail_arc(dev, STOP, RUNNING_P2P, EAGAIN, STAYS);
 	say_set(dev, RUNNING);
-	say_get(dev);
+	say_state(dev);
 	say("read = %s", outcome(read(fd, &byte, 1)));
 	close(fd);
 	clear_commands(dev);
@@ -332,35 +256,10 @@ static void section_failing_arcs(void)
 	fd = go(dev, STOP_COPY);
 	fail_arc(dev, STOP_COPY, STOP, EBUSY, STAYS);
 	say_set(dev, STOP);
-	say_get(dev);
+	say_state(dev);
 	say("read = %s", outcome(read(fd, &byte, 1)));
 	close(fd);
 	close(dev);
-}
-
-static void section_error(void)
-{
-	static const enum failure kinds[] = { FATAL, BUG };
-	char byte;
-
-	for (int at = 0; at < 2; at++) {
-		int dev = open_bound(COMMANDED), fd = go(dev, STOP_COPY);
-
-		say(at ? "by a bug:" : "by a failure that says so:");
-		fail_arc(dev, STOP_COPY, STOP, ENOLINK, kinds[at]);
-		say_set(dev, STOP);
-		say_get(dev);
-		say("read = %s", outcome(read(fd, &byte, 1)));
-		close(fd);
-		for (uint32_t state = 0; state < 9; state++)
-			say_set(dev, state);
-		say("PROBE MIGRATION = %s", outcome(feature(dev, PROBE | MIGRATION, 8)));
-		say_reset(dev);
-		say_get(dev);
-		fd = say_set(dev, STOP_COPY);
-		close(fd);
-		close(dev);
-	}
 }
 
 static void section_whole(void)
@@ -369,19 +268,19 @@ static void section_whole(void)
 	char bytes[8] = "";
 	ssize_t count;
 
-	say_get(dev);
+	say_state(dev);
 	fd = say_set(dev, STOP_COPY);
 	count = read(fd, bytes, sizeof(bytes));
 	say("read = %s, %.5s", outcome(count), bytes);
 	say("a state that is left unset:");
 	say_set(dev, STOP);
-	say_get(dev);
+	say_state(dev);
 	say("read = %s", outcome(read(fd, bytes, 1)));
 	close(fd);
 	say_reset(dev);
 	say("a session before the state is reached:");
 	say_set(dev, RESUMING);
-	say_get(dev);
+	say_state(dev);
 	say_set(dev, RUNNING);
 	close(dev);
 }
@@ -398,7 +297,7 @@ static void section_reset(void)
 
 		say("from %s:", state_name(state));
 		say_reset(dev);
-		say_get(dev);
+		say_state(dev);
 		if (fd < 0)
 			continue;
 		say("read = %s", outcome(read(fd, &byte, 1)));
@@ -412,9 +311,9 @@ static void section_reset(void)
 	say("a reset that fails:");
 	command16(dev, 0x0E, EINVAL);
 	say_reset(dev);
-	say_get(dev);
+	say_state(dev);
 	say_reset(dev);
-	say_get(dev);
+	say_state(dev);
 	close(dev);
 }
 
@@ -440,7 +339,7 @@ static void section_close(void)
 		say("PROBE MIGRATION, not bound = %s", outcome(feature(dev, PROBE | MIGRATION, 8)));
 		close(dev);
 		dev = open_bound(COMMANDED);
-		say_get(dev);
+		say_state(dev);
 		close(dev);
 	}
 	dev = open_bound(COMMANDED);
@@ -449,24 +348,8 @@ static void section_close(void)
 	close(dev);
 	dev = open_bound(COMMANDED);
 	say("closed in ERROR, opened again:");
-	say_get(dev);
+	say_state(dev);
 	close(dev);
-}
-
-/* Each close is the last one as soon as it has returned, however soon the next open comes. */
-static void section_close_at_once(void)
-{
-	int wrong = 0;
-
-	for (int n = 0; n < 300; n++) {
-		int dev = open_device(COMMANDED), iommufd = open_iommu();
-
-		wrong += bind_to(dev, iommufd) != 0 || state_of(dev) != RUNNING;
-		go(dev, STOP);
-		close(dev);
-		close(iommufd);
-	}
-	say("300 times opened, bound, stopped and closed: %d failures", wrong);
 }
 
 static void section_unknown(void)
@@ -488,7 +371,7 @@ static void section_unknown(void)
 	say("resuming, FIONREAD = %s", outcome(ioctl(resuming, FIONREAD, &info)));
 	say("a closed descriptor = %s", outcome(ioctl(900, DEVICE_FEATURE, &info)));
 	say("standard output = %s", outcome(ioctl(1, DEVICE_FEATURE, &info)));
-	say_get(dev);
+	say_state(dev);
 	close(saving);
 	close(resuming);
 	close(other);
@@ -504,7 +387,8 @@ static const struct section sections[] = {
 	{ "SET", section_set },
 	{ "SET: refused targets", section_set_refused },
 	{ "SET: arguments", section_set_arguments },
-	{ "SET: memory that faults", section_set_memory },
+	{ "SET: memory that ends", section_set_cut },
+	{ "SET: read-only memory", section_set_unwritable },
 	{ "SET: no descriptor left", section_set_full_table },
 	{ "arcs that fail", section_failing_arcs },
 	{ "ERROR", section_error },

@@ -159,7 +159,7 @@ static void section_reading_fails(void)
 	read_all(fd, &seen, 3000);
 	say("%zu bytes, then %s", seen.size, strerrorname_np(errno));
 	say("then = %s", outcome(read(fd, &byte, 1)));
-	say_get(dev);
+	say_state(dev);
 	close(fd);
 	clear_commands(dev);
 	say_set(dev, STOP);
@@ -229,11 +229,11 @@ static void say_broken_load(int dev, int fd, const char *what)
 {
 	say("%s:", what);
 	say_set(dev, STOP);
-	say_get(dev);
+	say_state(dev);
 	say("write = %s", outcome(write(fd, zeros, 1)));
 	say_set(dev, RUNNING);
 	say_reset(dev);
-	say_get(dev);
+	say_state(dev);
 	close(fd);
 }
 
@@ -339,7 +339,7 @@ static void section_copies(void)
 	need(dup2(1, fd) == fd, "dup2");
 	say("the number, after something else took it = %s", outcome(ioctl(fd, MIG_GET_PRECOPY_INFO, 0)));
 	close(fd);
-	say_get(dev);
+	say_state(dev);
 	close(ends[0]);
 	close(ends[1]);
 	close(dev);

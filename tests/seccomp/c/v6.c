@@ -1,44 +1,29 @@
 /*
- * The dialect of the patch "vfio: Define device migration protocol v2". Devices: vfio0 and vfio1 a
- * pair that could do everything, vfio2 commanded, vfio4 one that cannot migrate, vfio5 one that
- * does whole requests, and badly.
+ * The dialect of the patch "vfio: Define device migration protocol v2".
  */
-#include "check.h"
+#include "states.h"
 
-enum { SOURCE, DESTINATION, COMMANDED, PLAIN, UNABLE, WHOLE };
-
-static long set_state(int dev, uint32_t target, struct v6_state *argument)
+static int open_for_use(int number)
 {
-	*argument = (struct v6_state){ .argsz = 16, .device_state = target, .data_fd = UNTOUCHED };
-	return ioctl(dev, DEVICE_MIG_SET_STATE, argument);
+	return open_device(number);
 }
 
-/* Say all that came back; return the data_fd. */
-static int say_set(int dev, uint32_t target)
+static struct reply request(int dev, uint32_t target, bool in_read_only_memory)
 {
-	struct v6_state argument;
-	long result = set_state(dev, target, &argument);
+	struct v6_state argument = { 16, target, UNTOUCHED, 0 };
+	void *where = in_read_only_memory ? read_only(&argument, 16) : &argument;
+	long result = ioctl(dev, DEVICE_MIG_SET_STATE, where);
 
-	say("SET %s = %s, device_state %s, %s", state_name(target), outcome(result),
-	    state_name(argument.device_state), fd_text(argument.data_fd));
-	return argument.data_fd;
-}
-
-static int go(int dev, uint32_t target)
-{
-	struct v6_state argument;
-
-	need(!set_state(dev, target, &argument), state_name(target));
-	return argument.data_fd;
+	return (struct reply){ result, argument.device_state, argument.data_fd };
 }
 
 /* V6 has no query; a request for ERROR is refused, does nothing, and tells the state. */
 static uint32_t state_of(int dev)
 {
-	struct v6_state argument;
+	struct reply reply = request(dev, ERROR, false);
 
-	need(set_state(dev, ERROR, &argument) < 0 && errno == EINVAL, "a refusal of ERROR");
-	return argument.device_state;
+	need(reply.result < 0 && errno == EINVAL, "a refusal of ERROR");
+	return reply.device_state;
 }
 
 static void say_state(int dev)
@@ -46,15 +31,9 @@ static void say_state(int dev)
 	say("the state is %s", state_name(state_of(dev)));
 }
 
-static void say_reset(int dev)
-{
-	say("RESET = %s", outcome(ioctl(dev, DEVICE_RESET)));
-}
-
 static void section_opening(void)
 {
 	int dev = open_device(SOURCE), other, iommufd;
-	struct v6_state argument;
 
 	say("without BIND:");
 	say("PROBE MIGRATION = %s", outcome(feature(dev, PROBE | MIGRATION, 8)));
@@ -73,7 +52,7 @@ static void section_opening(void)
 	iommufd = open_iommu();
 	say("BIND = %s", outcome(bind_to(dev, iommufd)));
 	say("BIND again = %s", outcome(bind_to(dev, iommufd)));
-	say("STOP = %s", outcome(set_state(dev, STOP, &argument)));
+	say("STOP = %s", outcome(request(dev, STOP, false).result));
 	close(iommufd);
 	say_state(dev);
 	close(dev);
@@ -87,26 +66,9 @@ static void section_features(void)
 		int dev = open_device(devices[at]);
 
 		say(at ? "a device that cannot migrate:" : "a device that could do everything:");
-		for (uint32_t index = 0; index < 14; index++)
-			say("index %u: PROBE %s, with GET %s, with SET %s, with both %s", index,
-			    outcome(feature(dev, index | PROBE, 8)),
-			    outcome(feature(dev, index | PROBE | GET, 8)),
-			    outcome(feature(dev, index | PROBE | SET, 8)),
-			    outcome(feature(dev, index | PROBE | GET | SET, 8)));
+		probe_all(dev, 14);
 		close(dev);
 	}
-}
-
-static void say_migration(int dev, uint32_t flags, uint32_t argsz)
-{
-	struct feature argument = {
-		.argsz = argsz, .flags = flags | MIGRATION, .payload = { 0x1111, 0x2222 },
-	};
-	long result = ioctl(dev, DEVICE_FEATURE, &argument);
-
-	say("flags %#x argsz %u = %s, header %u %#x, payload %#llx, then %#llx", flags, argsz,
-	    outcome(result), argument.argsz, argument.flags,
-	    (unsigned long long)argument.payload[0], (unsigned long long)argument.payload[1]);
 }
 
 static void section_migration_feature(void)
@@ -114,49 +76,22 @@ static void section_migration_feature(void)
 	int dev = open_device(SOURCE), unable = open_device(UNABLE);
 	struct feature argument = { .argsz = 16, .flags = GET | MIGRATION };
 
-	say_migration(dev, GET, 7);
-	say_migration(dev, GET, 8);
-	say_migration(dev, GET, 15);
-	say_migration(dev, GET, 16);
-	say_migration(dev, GET, 24);
-	say_migration(dev, SET, 16);
-	say_migration(dev, GET | SET, 16);
-	say_migration(dev, 0, 16);
-	say_migration(dev, GET | 0x80000, 16);
-	say_migration(unable, GET, 16);
+	say_feature_migration(dev, GET, 7);
+	say_feature_migration(dev, GET, 8);
+	say_feature_migration(dev, GET, 15);
+	say_feature_migration(dev, GET, 16);
+	say_feature_migration(dev, GET, 24);
+	say_feature_migration(dev, SET, 16);
+	say_feature_migration(dev, GET | SET, 16);
+	say_feature_migration(dev, 0, 16);
+	say_feature_migration(dev, GET | 0x80000, 16);
+	say_feature_migration(unable, GET, 16);
 	say("no memory = %s", outcome(ioctl(dev, DEVICE_FEATURE, NULL)));
 	say("cut at 4 bytes = %s", outcome(ioctl(dev, DEVICE_FEATURE, at_edge(&argument, 8, 4))));
 	say("payload cut off = %s", outcome(ioctl(dev, DEVICE_FEATURE, at_edge(&argument, 16, 8))));
 	say("read-only memory = %s", outcome(ioctl(dev, DEVICE_FEATURE, read_only(&argument, 16))));
 	say("unknown index, GET = %s", outcome(feature(dev, GET | 0xFFFF, 16)));
 	close(unable);
-	close(dev);
-}
-
-static void section_set(void)
-{
-	int dev = open_device(SOURCE), first, second;
-	char byte;
-
-	say_set(dev, RUNNING);
-	say_set(dev, STOP);
-	say_set(dev, STOP);
-	first = say_set(dev, STOP_COPY);
-	say_set(dev, STOP_COPY);
-	say("read of the session = %s", outcome(read(first, &byte, 1)));
-	say_set(dev, STOP);
-	second = say_set(dev, STOP_COPY);
-	say("a file of its own for each session: %s", yes_no(first != second));
-	say("read of the first = %s", outcome(read(first, &byte, 1)));
-	say("read of the second = %s", outcome(read(second, &byte, 1)));
-	close(first);
-	close(second);
-	say_state(dev);
-	first = say_set(dev, RESUMING);
-	say_set(dev, RESUMING);
-	close(first);
-	say_reset(dev);
-	say_state(dev);
 	close(dev);
 }
 
@@ -211,36 +146,6 @@ static void section_set_arguments(void)
 	close(dev);
 }
 
-static void section_set_memory(void)
-{
-	int dev = open_device(SOURCE), fd, before, after;
-	struct v6_state argument = { 16, STOP, UNTOUCHED, 0 };
-	char byte;
-
-	say("STOP in read-only memory = %s",
-	    outcome(ioctl(dev, DEVICE_MIG_SET_STATE, read_only(&argument, 16))));
-	say_state(dev);
-	argument.device_state = 9;
-	say("9 in read-only memory = %s",
-	    outcome(ioctl(dev, DEVICE_MIG_SET_STATE, read_only(&argument, 16))));
-	argument.device_state = STOP_COPY;
-	before = dup(1);
-	close(before);
-	say("STOP_COPY in read-only memory = %s",
-	    outcome(ioctl(dev, DEVICE_MIG_SET_STATE, read_only(&argument, 16))));
-	after = dup(1);
-	close(after);
-	say("a descriptor left behind: %s", yes_no(before != after));
-	say_state(dev);
-	say("the session without a descriptor stays:");
-	say_set(dev, STOP_COPY);
-	say_set(dev, STOP);
-	fd = say_set(dev, STOP_COPY);
-	say("read = %s", outcome(read(fd, &byte, 1)));
-	close(fd);
-	close(dev);
-}
-
 static void section_set_full_table(void)
 {
 	int dev = open_device(SOURCE), fd;
@@ -288,28 +193,7 @@ static void section_failing_arcs(void)
 	close(dev);
 }
 
-static void section_error(void)
-{
-	static const enum failure kinds[] = { FATAL, BUG };
-	char byte;
-
-	for (int at = 0; at < 2; at++) {
-		int dev = open_device(COMMANDED), fd = go(dev, STOP_COPY);
-
-		say(at ? "by a bug:" : "by a failure that says so:");
-		fail_arc(dev, STOP_COPY, STOP, ENOLINK, kinds[at]);
-		say_set(dev, STOP);
-		say("read = %s", outcome(read(fd, &byte, 1)));
-		close(fd);
-		for (uint32_t state = 0; state < 9; state++)
-			say_set(dev, state);
-		say("PROBE MIGRATION = %s", outcome(feature(dev, PROBE | MIGRATION, 8)));
-		say_reset(dev);
-		say_state(dev);
-		close(dev);
-	}
-}
-
+/* Such a device answers a request for ERROR as it likes: nothing tells where it is. */
 static void section_whole(void)
 {
 	int dev = open_device(WHOLE), fd;
@@ -357,21 +241,6 @@ static void section_reset_and_close(void)
 		say_state(dev);
 		close(dev);
 	}
-}
-
-/* Each close is the last one as soon as it has returned, however soon the next open comes. */
-static void section_close_at_once(void)
-{
-	int wrong = 0;
-
-	for (int n = 0; n < 300; n++) {
-		int dev = open_device(COMMANDED);
-
-		wrong += state_of(dev) != RUNNING;
-		go(dev, STOP);
-		close(dev);
-	}
-	say("300 times opened, stopped and closed: %d failures", wrong);
 }
 
 static void section_descriptors(void)
@@ -463,7 +332,7 @@ static const struct section sections[] = {
 	{ "SET", section_set },
 	{ "SET: refused targets", section_set_refused },
 	{ "SET: arguments", section_set_arguments },
-	{ "SET: memory that faults", section_set_memory },
+	{ "SET: read-only memory", section_set_unwritable },
 	{ "SET: no descriptor left", section_set_full_table },
 	{ "arcs that fail", section_failing_arcs },
 	{ "ERROR", section_error },
