@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import door_programs
 from door_programs import COMMAND, ENVIRONMENT, SOURCE, Gated, Plain, build, serve, served
 from vfiomig import DeviceError, State
-from vfiomig.doors.syscall.trace import Trace, open_trace
+from vfiomig.doors.syscall.trace import Trace
+from vfiomig.doors.tracing import open_trace
 
 if TYPE_CHECKING:
     import pytest

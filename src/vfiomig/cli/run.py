@@ -13,7 +13,8 @@ from vfiomig.abi.ioctls import Dialect
 from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.doors.syscall.launch import LaunchError
 from vfiomig.doors.syscall.run import run as run_program
-from vfiomig.doors.syscall.trace import Trace, open_trace
+from vfiomig.doors.syscall.trace import Trace
+from vfiomig.doors.tracing import open_trace
 from vfiomig.errors import DoorError, PrerequisiteError, SpecError
 from vfiomig.models import make
 

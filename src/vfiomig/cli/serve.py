@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket as sockets
 import stat
 import sys
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from contextlib import ExitStack, contextmanager
+from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation at run time
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
 
 from vfiomig.core.vfio_device import VfioDevice
-from vfiomig.descriptors import Fd
+from vfiomig.doors.tracing import open_trace
 from vfiomig.doors.vfio_user import Server
 from vfiomig.doors.vfio_user.compat import BEHAVIOURS, KERNEL
+from vfiomig.doors.vfio_user.trace import Trace
 from vfiomig.errors import SpecError
 from vfiomig.models import make
 
@@ -31,6 +35,8 @@ def serve(
     fd: int | None = None,
     once: bool = False,
     compat: Literal["libvfio-user"] | None = None,
+    trace: Annotated[Path | None, Parameter(allow_leading_hyphen=True)] = None,
+    trace_format: Literal["text", "json"] = "text",
 ) -> int:
     """Serve a device over vfio-user.
 
@@ -50,14 +56,25 @@ def serve(
         End when the first client has left.
     compat:
         Behave in the manner of that library; docs/vfio-user.md names the differences.
+    trace:
+        Write a line for every request to this file; - is stderr.
+    trace_format:
+        Lines for people, or JSON lines.
     """
     if (socket is None) == (fd is None):
         raise SpecError("name a socket: vfiomig serve pattern --socket /tmp/vfio-user.sock")
     device = VfioDevice(make(spec))
     behaviour = BEHAVIOURS[compat] if compat else KERNEL
     given = None if fd is None else _inherited(fd)
-    served = Server(device, socket, sock=given, once=once, behaviour=behaviour)
-    with _ended_by_sigterm(), served as server:
+    with ExitStack() as stack:
+        tracer = None
+        if trace is not None:
+            out = sys.stderr if str(trace) == "-" else stack.enter_context(open_trace(trace))
+            tracer = Trace(out, as_json=trace_format == "json")
+        stack.enter_context(_ended_by_sigterm())
+        server = stack.enter_context(
+            Server(device, socket, sock=given, once=once, behaviour=behaviour, trace=tracer)
+        )
         print(f"serving {spec} on {socket or f'descriptor {fd}'}", file=sys.stderr, flush=True)
         server.wait()
     return 0
@@ -70,18 +87,16 @@ def _inherited(number: int) -> sockets.socket:
         SpecError: it is not open, or is none that vfio-user can be spoken over.
     """
     try:
-        fd = Fd(number)
+        mode = os.fstat(number).st_mode
     except OSError:
         raise SpecError(f"--fd {number}: it is not open") from None
-    with fd:
-        is_socket = stat.S_ISSOCK(Path(f"/proc/self/fd/{number}").stat().st_mode)
-        given = sockets.socket(fileno=fd.fileno()) if is_socket else None
-        if given is None or (given.family, given.type) != (sockets.AF_UNIX, sockets.SOCK_STREAM):
-            if given is not None:
-                given.detach()
-            raise SpecError(f"--fd {number}: it is no Unix stream socket")
-        fd.move()
-        return given
+    if stat.S_ISSOCK(mode):
+        given = sockets.socket(fileno=number)
+        if (given.family, given.type) == (sockets.AF_UNIX, sockets.SOCK_STREAM):
+            given.set_inheritable(False)
+            return given
+        given.detach()  # it stays whose it is
+    raise SpecError(f"--fd {number}: it is no Unix stream socket")
 
 
 @contextmanager

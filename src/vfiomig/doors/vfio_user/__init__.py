@@ -5,6 +5,9 @@
 `visit`           one client, from VERSION to its leaving
 `line`            its socket: messages out, messages in, by threads in turns
 `commands`        the table: what each command means
+`opened`          the device in use
+`compat`          how servers differ, in a table
+`trace`           a line for every request
 `caller`          the client as ``core`` sees it during one request
 `feature`         DEVICE_FEATURE, whose pointers a message does not have
 `data`            MIG_DATA_READ and MIG_DATA_WRITE

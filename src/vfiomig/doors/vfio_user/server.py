@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vfiomig.device import Device
     from vfiomig.doors.vfio_user.compat import Behaviour
     from vfiomig.doors.vfio_user.opened import Opened
+    from vfiomig.doors.vfio_user.trace import Trace
 
 __all__ = ("Server",)
 
@@ -63,6 +64,7 @@ class Server:
         sock: socket.socket | None = None,
         once: bool = False,
         behaviour: Behaviour = KERNEL,
+        trace: Trace | None = None,
     ) -> None:
         """``path`` is where the socket is to be; ``sock`` is one that listens, or is connected.
 
@@ -77,6 +79,7 @@ class Server:
         self.clients = 0
         self._once = once
         self._behaviour = behaviour
+        self._trace = trace
         self._opened: Opened | None = None  # what a client left open
         self._given = sock
         self._socket: socket.socket
@@ -177,7 +180,7 @@ class Server:
 
     def _serve(self, client: socket.socket) -> None:
         """Serve one client to its end, whatever it does."""
-        with Visit(self.served, client, self._behaviour) as visit:
+        with Visit(self.served, client, self._behaviour, self._trace) as visit:
             with self._lock:
                 self._visit = visit
                 if self._over:

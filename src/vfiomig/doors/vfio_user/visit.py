@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
     from vfiomig.doors.vfio_user.compat import Behaviour
+    from vfiomig.doors.vfio_user.trace import Trace
     from vfiomig.wire import Buffer, Limits, Request
 
 __all__ = ("Visit",)
@@ -46,12 +47,21 @@ class Visit:
     """One client, as a context. ``greet`` begins it and ``serve`` is its life."""
 
     def __init__(
-        self, served: VfioDevice, sock: socket.socket, behaviour: Behaviour = KERNEL
+        self,
+        served: VfioDevice,
+        sock: socket.socket,
+        behaviour: Behaviour = KERNEL,
+        trace: Trace | None = None,
     ) -> None:
         """Take ``sock`` over."""
         self.served = served
         self.behaviour = behaviour
-        self.wire = ServerConnection(behaviour.capabilities, head_room=behaviour.head_room)
+        ours, room = behaviour.capabilities, behaviour.head_room
+        self.wire = (
+            ServerConnection(ours, head_room=room)
+            if trace is None
+            else trace.connection(served, ours, room)
+        )
         self.line = Line(sock, self.wire)
         #: The process at the other end, if it can be told.
         self.process = _process_of(sock)
