@@ -25,11 +25,9 @@ from raw_vfio_user import (
     STOP,
     STOP_COPY,
     Raw,
-    served,
 )
 from vfiomig.cli.app import main
 from vfiomig.descriptors import Fd, poll_until
-from vfiomig.models import make
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -257,10 +255,10 @@ def test_it_can_behave_in_the_manner_of_libvfio_user(path: str) -> None:
             assert client.state() == STOP
 
 
-def test_a_large_device_is_served_within_two_seconds_of_its_making(tmp_path: Path) -> None:
-
-    device = make("pattern,size=256G")
-    begin = time.monotonic()
-    with served(device) as path, Raw.connect(path) as client:
-        assert client.state() == RUNNING
+def test_a_large_device_is_served_as_soon_as_it_says_so(path: str) -> None:
+    with Process("pattern,size=256G", "--socket", path) as process:
+        process.line()
+        begin = time.monotonic()
+        with Raw.connect(path) as client:
+            assert client.state() == RUNNING
         assert time.monotonic() - begin < 2

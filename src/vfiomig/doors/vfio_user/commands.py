@@ -135,6 +135,8 @@ def region_write_multi(visit: Visit, request: Request) -> None:
 
 
 def reset(visit: Visit, request: Request) -> None:
+    if request.refusal is not None:  # there is nothing in it to be looked at
+        raise request.refusal
     visit.line.lend()
     visit.ioctl(vfio.VFIO_DEVICE_RESET, bytearray())
     visit.reply(request)

@@ -67,7 +67,7 @@ def _with_pointer(visit: Visit, argsz: int, flags: int, payload: bytes, size: in
     struct, behind = payload[:size], payload[size:]
     if len(struct) < size:
         raise OSError(errno.EINVAL, "the message ends before the feature's struct does")
-    if flags & GET:
+    if flags & (GET | vfio.VFIO_DEVICE_FEATURE_MASK) == GET | REPORT:
         behind = bytes(_room_for_bitmap(struct, argsz, visit.limits.data_out))
     argument = _header(min(argsz + POINTER, U32_MAX), flags) + struct
     argument += (BASE + len(argument) + POINTER).to_bytes(POINTER, "little") + behind
