@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import errno
+from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
 from vfiomig.abi import vfio
@@ -156,7 +157,8 @@ class Evidence:
         steps = list(self._steps)
         if self._left_out:
             steps.insert(-1, f"... {self._left_out} more ...")
-        return "; ".join(steps)
+        runs = ((step, len(list(alike))) for step, alike in groupby(steps))
+        return "; ".join(f"{step} ({count} times)" if count > 1 else step for step, count in runs)
 
     @property
     def expected(self) -> str:

@@ -184,4 +184,4 @@ def a_session_without_a_descriptor_ends_too(subject: Subject) -> None:
         raise Inapplicable(f"without a descriptor the request answers {errno_text(reply.errno)}")
     reset(subject)
     expect_running(subject, State.STOP_COPY)
-    subject.stopped_state()
+    subject.evidence.expect_errno("STOP_COPY", subject.request(State.STOP_COPY).errno, 0)

@@ -192,7 +192,8 @@ def an_old_data_fd_stays_dead(subject: Subject) -> None:
     subject.evidence.expect_that("the new data_fd", new != old, "another number", str(new))
     result, _ = subject.read(old, 16)
     subject.evidence.expect_errno("a read of the old one", max(0, -result), errno.ENODEV)
-    subject.drain(new)
+    result, _ = subject.read(new, 16)
+    subject.evidence.expect_that("a read of the new one", result >= 0, "bytes", str(result))
 
 
 @CHAPTER.check("SESSION-4", shows=Shows.MEANING)

@@ -17,10 +17,10 @@ import errno
 import threading
 import time
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vfiomig.abi.ioctls import Dialect
+from vfiomig.checks.beside import Beside
 from vfiomig.checks.evidence import Evidence, Inapplicable, Unrun, errno_text, state_text
 from vfiomig.checks.facts import no_descriptor_left
 from vfiomig.checks.stream import CHUNK, StateTooLong, Stream, first_difference
@@ -37,15 +37,12 @@ if TYPE_CHECKING:
     from vfiomig.checks.target import Target
     from vfiomig.client import DeviceClient
 
-__all__ = ("Beside", "Subject")
+__all__ = ("Subject",)
 
 R = TypeVar("R")
 
-#: What a refused state can be answered with; no errno of a write carries a meaning (LOAD-2).
+#: Bytes that are no device's state.
 FOREIGN = bytes(range(256)) * 16
-#: A thread that is seen asleep so often in a row, so far apart, is not only waiting for its turn.
-ASLEEP = 25
-LOOK_SECONDS = 0.002
 
 
 class Subject:
@@ -228,8 +225,14 @@ class Subject:
 
     def drain(self, data_fd: int) -> memoryview:
         """Read a saving session to its permanent end."""
+        if self.target.too_long:
+            raise Unrun(self.target.too_long)  # it takes its time to find that out
         stream = self.new_stream()
-        last = self.read_on(data_fd, stream)
+        try:
+            last = self.read_on(data_fd, stream)
+        except Unrun as trouble:
+            self.target.too_long = str(trouble)
+            raise
         if last:
             raise Unrun(f"the state cannot be read: {errno_text(-last)}")
         return stream.view()
@@ -415,52 +418,6 @@ class Subject:
     def forget_descriptors(self) -> None:
         """After the device was closed: the numbers belong to nobody."""
         self._data_fds.clear()
-
-
-class Beside(Generic[R]):
-    """A call in a thread of its own."""
-
-    def __init__(self, call: Callable[[], R], subject: Subject) -> None:
-        self._subject = subject
-        self._result: list[R] = []
-        self._problem: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._run, args=(call,), name="vfiomig-check-beside", daemon=True
-        )
-        self._thread.start()
-
-    def _run(self, call: Callable[[], R]) -> None:
-        try:
-            self._result.append(call())
-        except BaseException as problem:  # noqa: BLE001 - raised again by result()
-            self._problem = problem
-
-    def under_way(self, began: threading.Event) -> None:
-        """Wait until ``began`` is set, or the thread sleeps in what it calls."""
-        looks_alike = 0
-        while looks_alike < ASLEEP and self._thread.is_alive() and not began.wait(LOOK_SECONDS):
-            self._subject.check_deadline()
-            looks_alike = looks_alike + 1 if self._sleeps() else 0
-
-    def _sleeps(self) -> bool:
-        try:
-            stat = Path(f"/proc/self/task/{self._thread.native_id}/stat").read_bytes()
-        except OSError:
-            return False
-        return stat.rpartition(b")")[2].split()[0] in {b"S", b"D"}
-
-    def wait(self, share: float = 1.0) -> bool:
-        """Wait for its end, for a share of the time that is left; tell whether it came."""
-        self._thread.join(max(0.0, self._subject.left * share))
-        return not self._thread.is_alive()
-
-    def result(self, what: str) -> R:
-        """Return what the call returned; ``Broken`` if it does not end in time."""
-        if not self.wait():
-            self._subject.evidence.expect_that(what, False, "an end", "still under way")
-        if self._problem is not None:
-            raise self._problem
-        return self._result[0]
 
 
 def _transfer_text(count: int) -> str:

@@ -63,6 +63,8 @@ class Target:
         self._patience = patience
         self._client: DeviceClient | None = None
         self._raw: Raw | None = None
+        #: Why its state cannot be kept, once somebody has tried.
+        self.too_long = ""
         #: The device's own state, once somebody has saved it.
         self.saved: memoryview | None = None
 
