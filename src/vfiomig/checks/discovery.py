@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import FEATURES, Feature
 from vfiomig.checks.check import LANDED, Chapter
-from vfiomig.checks.evidence import Inapplicable
+from vfiomig.checks.evidence import Inapplicable, errno_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import Pages
 from vfiomig.checks.raw import GET, PROBE, SET
@@ -52,7 +52,7 @@ def ask(subject: Subject, flags: int, size: int = 0, argsz: int | None = None) -
     """Make a feature request with a payload of zeros; return its errno."""
     step = subject.evidence.step(flags_text(flags))
     answer = subject.raw.feature(flags, bytes(size), argsz)
-    subject.evidence.outcome(step, errno.errorcode.get(answer.errno, "success"))
+    subject.evidence.outcome(step, errno_text(answer.errno))
     return answer.errno
 
 

@@ -64,6 +64,8 @@ class Unrun(Exception):
 
 def errno_text(number: int) -> str:
     """Name a result: an errno, or 0."""
+    if number == errno.EOPNOTSUPP:
+        return "EOPNOTSUPP"  # ENOTSUP has the same number, and no kernel uses the name
     return errno.errorcode.get(number, f"errno {number}") if number else "success"
 
 

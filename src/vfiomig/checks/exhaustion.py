@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
 from vfiomig.checks.check import Chapter
+from vfiomig.checks.evidence import errno_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import Pages
 from vfiomig.checks.raw import SET, UNSET_FD
@@ -99,7 +100,7 @@ def request_in_read_only_memory(subject: Subject, target: State | int) -> int:
             header = bytes(vfio.DeviceFeature(argsz=16, flags=flags))
             content = header + bytes(vfio.MigState(device_state=target, data_fd=-1))
             result = subject.raw.feature_at(pages.read_only(content))
-    subject.evidence.outcome(step, errno.errorcode.get(result, "success"))
+    subject.evidence.outcome(step, errno_text(result))
     return result
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
 from vfiomig.checks.check import V6, Chapter
+from vfiomig.checks.evidence import errno_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import Pages
 from vfiomig.checks.raw import GET, PROBE, SET
@@ -33,7 +34,7 @@ def ask(subject: Subject, what: str, **fields: int) -> tuple[int, vfio.MigSetSta
     )
     step = subject.evidence.step(what)
     result = subject.raw.on_device(NUMBER, argument)
-    subject.evidence.outcome(step, errno.errorcode.get(result, "success"))
+    subject.evidence.outcome(step, errno_text(result))
     return result, argument
 
 
