@@ -55,6 +55,16 @@ SHOWN: Final = {
 }
 
 
+#: What a check that sees something is only for.
+FOR: Final = {
+    Shows.DESCRIPTORS: "data_fds that are descriptors of the system",
+    Shows.FAULTS: "requests that are calls, not messages",
+    Shows.EXHAUSTION: "requests that are calls, not messages",
+    Shows.MEANING: "requests that are calls, not messages",
+    Shows.ALL_REQUESTS: "targets other than vfio-user without mig_stream",
+}
+
+
 class Levers(NamedTuple):
     """What only its author can make a device do; without one, some checks do not run."""
 
@@ -99,28 +109,16 @@ class Check:
 
     @property
     def conditions(self) -> list[str]:
-        """What it takes to run it, in sentences."""
-        said = []
-        if self.dialects != BOTH:
-            said.append(f"It is for the dialect {', '.join(self.dialects)}.")
-        if self.needs:
-            said.append(f"It is for devices with {', '.join(_bits(self.needs))}.")
+        """What it is only for, in a few words each."""
+        only = [f"the dialect {dialect}" for dialect in self.dialects if self.dialects != BOTH]
+        if optional := _bits(self.needs & ~Capability.STOP_COPY):
+            only.append(f"devices with {' and '.join(optional)}")
         if self.feature is not None:
-            said.append(f"It is for devices with feature {self.feature}.")
-        if Shows.DESCRIPTORS & self.shows:
-            said.append("It is for targets whose data_fds are descriptors of the system.")
-        if (Shows.FAULTS | Shows.EXHAUSTION | Shows.MEANING) & self.shows:
-            said.append("It is for targets that are reached by calls, not by messages.")
-        if Shows.ALL_REQUESTS & self.shows:
-            said.append("It is for targets of vfio-user only with the extension mig_stream.")
+            only.append(f"devices with feature {self.feature}")
+        only += [words for shown, words in FOR.items() if shown & self.shows]
         if self.lever:
-            said.append(f"It needs a lever of the device's author: vfiomig.testing, {self.lever}.")
-        if self.danger is not None:
-            said.append(
-                f"It is dangerous where it is not known to be safe: {self.danger.what} "
-                f"({self.danger.rule})."
-            )
-        return said
+            only.append(f"devices with the lever {self.lever}")
+        return list(dict.fromkeys(only))
 
     def why_inapplicable(self, facts: Facts) -> str:
         """Return why there is nothing to check on this target, nothing if there is."""

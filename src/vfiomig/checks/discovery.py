@@ -236,7 +236,7 @@ def a_larger_argsz_is_accepted(subject: Subject) -> None:
 
 @CHAPTER.check("FEATURE-12")
 def the_header_is_never_written(subject: Subject) -> None:
-    """Argsz and flags stay as they are, after success and after a refusal."""
+    """The argsz and flags of a header stay as they are, after success and after a refusal."""
     for flags, argsz in ((GET | MIGRATION, 16), (SET | MIGRATION, 16), (GET | MIGRATION, 4096)):
         subject.evidence.step(f"{flags_text(flags)}, argsz {argsz}")
         answer = subject.raw.feature(flags, bytes(8), argsz)

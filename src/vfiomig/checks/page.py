@@ -77,15 +77,13 @@ def _names(checks: Iterable[Check]) -> str:
 
 def _chapter(chapter: Chapter) -> str:
     rows = "".join(map(_row, chapter.checks))
-    return (
-        f"\n## {chapter.name}\n{chapter.summary}\n\n| id | rule | clause |\n|---|---|---|\n{rows}"
-    )
+    return f"\n## {chapter.name}\n{chapter.summary}\n\n| id | rule | clause | only for |\n|---|---|---|---|\n{rows}"
 
 
 def _row(check: Check) -> str:
-    more = " ".join(part for part in (check.explanation, *check.conditions) if part)
-    sentence = " ".join(f"{check.sentence} {more}".split())
-    return f"| `{check.id}` | {sentence} | {', '.join(check.rules)} |\n"
+    sentence = " ".join(f"{check.sentence} {check.explanation}".split())
+    only = "; ".join(check.conditions)
+    return f"| `{check.id}` | {sentence} | {', '.join(check.rules)} | {only} |\n"
 
 
 if __name__ == "__main__":

@@ -195,5 +195,8 @@ def explain_check(check: Check) -> None:
     if check.explanation:
         console.print(check.explanation)
     console.print(f"Rests on {check.clause}.", soft_wrap=True)
-    for sentence in check.conditions:
-        console.print(sentence, soft_wrap=True)
+    for condition in check.conditions:
+        console.print(f"Only for {condition}.", soft_wrap=True)
+    if check.danger is not None:
+        danger = f"{check.danger.what} ({check.danger.rule})"
+        console.print(f"Dangerous where it is not known to be safe: {danger}.", soft_wrap=True)
