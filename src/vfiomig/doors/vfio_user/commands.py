@@ -58,6 +58,9 @@ def get_region_info(visit: Visit, request: Request) -> None:
         argument = bytearray(bytes(asked).ljust(needed, b"\0"))
         visit.ioctl(vfio.VFIO_DEVICE_GET_REGION_INFO, argument)
     info = vfio.RegionInfo.from_buffer(argument)
+    if needed > room:
+        # Here the flag says that they are in the reply, and argsz that there are some.
+        info.flags &= ~vfio.VFIO_REGION_INFO_FLAG_CAPS
     fds = []
     if info.flags & vfio.VFIO_REGION_INFO_FLAG_MMAP:
         if not visit.limits.fds_out:
