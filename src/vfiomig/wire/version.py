@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vfiomig.errors import WireError
-from vfiomig.wire.layouts import VERSION
+from vfiomig.wire.layouts import HEADER, VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -42,6 +42,9 @@ DEFAULT_MAX_DMA_MAPS = 65535
 DEFAULT_PGSIZES = 4096
 #: The version of the extension.
 MIG_STREAM = 1
+#: A message up to this long is received by one call if it was sent by one, and sent at once or
+#: not at all; the kernel cuts no shorter (UNIX_SKB_FRAGS_SZ and a linear part).
+ONE_PIECE = 36544
 
 
 class Key(NamedTuple):
@@ -111,6 +114,16 @@ class Limits(NamedTuple):
     mig_stream: bool
     #: All that the peer said.
     peer: Capabilities
+
+    def in_one_piece(self, head: int) -> int:
+        """Return how many bytes of data there may be behind ``head`` if no message is to be cut.
+
+        libvfio-user takes what one call brings for all of a message, and QEMU what one call sends.
+        Whoever speaks the extension sends and receives messages as a whole, however long.
+        """
+        if self.mig_stream:
+            return self.data_out
+        return min(self.data_out, ONE_PIECE - HEADER.size - head)
 
 
 # The two ends.

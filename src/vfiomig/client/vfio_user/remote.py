@@ -40,10 +40,6 @@ MOST_REGIONS = 256
 REGION_LIMIT = region_offset(1) - region_offset(0)
 #: Room for what is said about a region: capabilities of more areas than any device has.
 REGION_INFO_LIMIT = 1 << 20
-#: libvfio-user takes what one receive call brings for all of a message. The kernel never cuts
-#: inside this many bytes that were sent in one call (UNIX_SKB_FRAGS_SZ and a linear part).
-ONE_PIECE = 36544
-HEADER = vfio_user.Header.SIZE
 #: Where libvfio-user takes little but what a migration needs.
 STOPPED = frozenset({State.STOP, State.STOP_COPY})
 
@@ -60,14 +56,8 @@ class Remote:
         self.migratable = True
         #: See ``DeviceClient``.
         self.mended: list[str] = []
-        most = limits.data_out
-        # Who speaks the extension receives a message as a whole, however long it is.
-        self._data_out = (
-            most if limits.mig_stream else min(most, ONE_PIECE - HEADER - MIG_DATA.size)
-        )
-        self._region_out = (
-            most if limits.mig_stream else min(most, ONE_PIECE - HEADER - REGION_ACCESS.size)
-        )
+        self._data_out = limits.in_one_piece(MIG_DATA.size)
+        self._region_out = limits.in_one_piece(REGION_ACCESS.size)
 
     # What it is made of.
 

@@ -23,7 +23,7 @@ from vfiomig.wire.layouts import DMA_ACCESS
 if TYPE_CHECKING:
     from vfiomig.descriptors import Fd
     from vfiomig.doors.vfio_user.line import Line
-    from vfiomig.wire import Reply
+    from vfiomig.wire import Limits, Reply
 
 __all__ = ("ClientMemory", "ClientSpace")
 
@@ -35,10 +35,11 @@ NOTHING = memoryview(b"")
 class ClientMemory:
     """``iommu.Memory`` by messages; its addresses are IOVAs."""
 
-    def __init__(self, line: Line, most: int) -> None:
-        """``most`` bytes go into one message."""
+    def __init__(self, line: Line, limits: Limits) -> None:
         self._line = line
-        self._most = most
+        self._most_written = limits.data_out
+        # The data of a read are in a message that the client sends.
+        self._most_read = limits.in_one_piece(DMA_ACCESS.size)
 
     def read(self, address: int, length: int) -> bytes:
         data = bytearray(length)
@@ -46,16 +47,16 @@ class ClientMemory:
         return bytes(data)
 
     def read_into(self, address: int, view: memoryview) -> int:
-        for at in range(0, len(view), self._most):
-            piece = view[at : at + self._most]
+        for at in range(0, len(view), self._most_read):
+            piece = view[at : at + self._most_read]
             answer = self._ask(vfio_user.VFIO_USER_DMA_READ, address + at, len(piece), into=piece)
             replies.dma_read_untrusted(answer, address + at, len(piece))
         return len(view)
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         view = memoryview(data).cast("B")
-        for at in range(0, len(view), self._most):
-            piece = view[at : at + self._most]
+        for at in range(0, len(view), self._most_written):
+            piece = view[at : at + self._most_written]
             answer = self._ask(vfio_user.VFIO_USER_DMA_WRITE, address + at, len(piece), piece)
             replies.dma_write_untrusted(answer, address + at, len(piece))
 

@@ -117,7 +117,7 @@ class Visit:
         limits = self.wire.limits
         assert limits is not None
         self.limits = limits
-        self.space = ClientSpace(ClientMemory(self.line, limits.data_out), limits.max_dma_maps)
+        self.space = ClientSpace(ClientMemory(self.line, limits), limits.max_dma_maps)
         self.data = StateData(
             self.line, tells_end=limits.mig_stream, pads=self.behaviour.pads_reads
         )
