@@ -3,7 +3,7 @@
 Theory of operation
 -------------------
 A device leaves a machine when the guest lets it go. No system runs in these guests, so
-:meth:`PluggedGuest.let_go` does with QEMU's monitor what a system's ACPI code does: it reads the
+:func:`let_go` does with QEMU's monitor what a system's ACPI code does: it reads the
 registers of QEMU's PCI hot-plug controller and writes back what they say is to go
 (docs/specs/acpi_pci_hotplug.rst of QEMU).
 """
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vfiomig.qemu.machine import Machine
+    from vfiomig.qemu.qmp import Qmp
 
-__all__ = ("HOT_PLUG_BUSES", "PluggedGuest")
+__all__ = ("HOT_PLUG_BUSES", "PluggedGuest", "let_go")
 
 #: Where devices can be plugged in, by machine type; a PCI Express slot takes one.
 HOT_PLUG_BUSES: Final = {"pc": ["pci.0", "pci.0"], "q35": ["port0", "port1"]}
@@ -93,25 +94,27 @@ class PluggedGuest(VfioGuest):
     def unplug(self, number: int) -> None:
         """Ask for a device, as the guest let it go, and wait until it is gone."""
         self.qmp.execute("device_del", id=f"v{number}")
-        self.let_go()
+        let_go(self.qmp, self._type)
         self.qmp.wait_event("DEVICE_DELETED", lambda data: data.get("device") == f"v{number}")
-
-    def let_go(self) -> None:
-        """Do what the guest's ACPI code does for a device that is to leave."""
-        base = _CONTROLLER[self._type]
-        for bus in range(_BUSES):
-            self._monitor(f"o /w {base + _BUS:#x} {bus}")
-            leaving = self._monitor(f"i /w {base + _LEAVING:#x}").partition("=")[2].strip()
-            if int(leaving, 16):
-                self._monitor(f"o /w {base + _EJECT:#x} {leaving}")
 
     def close(self) -> None:
         super().close()
         self._plugger.close()
 
-    def _monitor(self, line: str) -> str:
-        said: str = self.qmp.execute("human-monitor-command", command_line=line)
+
+def let_go(qmp: Qmp, machine_type: str) -> None:
+    """Do what the guest's ACPI code does for a device that is to leave."""
+
+    def monitor(line: str) -> str:
+        said: str = qmp.execute("human-monitor-command", command_line=line)
         return said
+
+    base = _CONTROLLER[machine_type]
+    for bus in range(_BUSES):
+        monitor(f"o /w {base + _BUS:#x} {bus}")
+        leaving = monitor(f"i /w {base + _LEAVING:#x}").partition("=")[2].strip()
+        if int(leaving, 16):
+            monitor(f"o /w {base + _EJECT:#x} {leaving}")
 
 
 def _all_of(devices: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -7,28 +7,33 @@ import threading
 from vfiomig import Device, DeviceError, Region
 from vfiomig.fsm import Capability
 
-__all__ = ("DONE", "FAILED", "READ", "READ_APART", "WRITE", "WRITE_APART", "Engine")
+__all__ = ("DONE", "FAILED", "PATTERN", "READ", "READ_APART", "WRITE", "WRITE_APART", "Engine")
 
 READ, WRITE, READ_APART, WRITE_APART = range(1, 5)
 DONE, FAILED = 1, 2
 JOIN_SECONDS = 20.0
+PATTERN = bytes(range(256)) * (64 << 10)
 
 
 class Engine(Device):
     """BAR0: u64 IOVA at 0, u64 length at 8, a command at 16 that starts; 24 is what came of it.
 
-    ``memory`` is what it writes, and where it reads to.
+    ``memory`` is what it writes, and where it reads to; a reset brings PATTERN back.
     """
 
     capabilities = Capability.STOP_COPY | Capability.P2P | Capability.PRE_COPY
     bar0 = Region(size=32)
 
     def __init__(self) -> None:
-        self.memory = bytearray(range(256)) * (64 << 10)
+        self.memory = bytearray(PATTERN)
         self._iova = self._length = 0
         self.result = 0
         self.problem = ""
         self._thread: threading.Thread | None = None
+
+    def reset(self) -> None:
+        self.stop()
+        self.memory[:] = PATTERN
 
     def precopy(self) -> list[bytes]:
         return [b"early"]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from guest_parts import GuestParts
-from vfiomig.qemu.initrd import build_initrd
-from vfiomig.qemu.installed import cache_folder
-from vmtest.fetch import choose_qemu, fetch_guest_files
+from vfiomig.qemu.initrd import DEFAULT_MODULES, build_initrd
+from vfiomig.qemu.installed import VFIO_USER_QEMU, cache_folder
+from vmtest.fetch import choose_qemu, fetch_guest_files, fetch_lspci, lspci_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,6 +37,16 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> GuestParts:
     initrd = tmp_path_factory.mktemp("guest") / "initrd"
     initrd.write_bytes(build_initrd(files))
     return GuestParts(choose_qemu(None, cache), files.kernel, initrd, files)
+
+
+@pytest.fixture(scope="session")
+def vfio_user_parts(tmp_path_factory: pytest.TempPathFactory) -> GuestParts:
+    """Those with a QEMU that is a vfio-user client; the guest has lspci."""
+    cache = cache_folder()
+    files = fetch_guest_files(cache)
+    initrd = tmp_path_factory.mktemp("guest") / "initrd"
+    initrd.write_bytes(build_initrd(files, DEFAULT_MODULES, lspci_files(fetch_lspci(cache))))
+    return GuestParts(choose_qemu(None, cache, VFIO_USER_QEMU), files.kernel, initrd, files)
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:

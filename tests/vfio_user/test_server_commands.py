@@ -59,7 +59,7 @@ def test_a_region_is_described_without_capabilities_where_all_of_it_is_trapped(c
 def test_the_areas_of_a_region_come_with_its_descriptor_when_there_is_room() -> None:
     with client_of(Bell()) as client:
         full = client.call(GET_REGION_INFO, struct.pack("<4I2Q", 4096, 0, 1, 0, 0, 0))
-        argsz, flags, _, cap_offset, size, offset = struct.unpack_from("<4I2Q", full.body)
+        argsz, flags, _, cap_offset, _, offset = struct.unpack_from("<4I2Q", full.body)
         assert (argsz, flags, cap_offset, len(full.body)) == (80, 0b1111, 32, 80)
         assert struct.unpack_from("<HHIII", full.body, 32) == (1, 1, 0, 2, 0)
         assert struct.unpack_from("<4Q", full.body, 48) == (0, 4096, 2 * 4096, 2 * 4096)

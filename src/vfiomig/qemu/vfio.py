@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ("run_words", "vfio_user_words", "vfio_words")
+__all__ = ("run_words", "vfio_user_device", "vfio_user_words", "vfio_words")
 
 
 def vfio_words(count: int, options: str = "") -> list[str]:
@@ -29,21 +29,25 @@ def vfio_words(count: int, options: str = "") -> list[str]:
     return words
 
 
-def vfio_user_words(sockets: Sequence[Path], **options: object) -> list[str]:
-    """Return QEMU's words for the devices behind ``sockets``; ``options`` go to each.
+def vfio_user_device(path: Path, name: str, **options: Any) -> dict[str, Any]:
+    """Return the device behind the socket ``path`` as device_add takes it.
 
-    An underscore in an option's name stands for a hyphen. QEMU takes a socket's address only in
-    JSON.
+    An underscore in an option's name stands for a hyphen.
     """
+    return {
+        "driver": "vfio-user-pci",
+        "id": name,
+        "socket": {"type": "unix", "path": str(path)},
+        **{option.replace("_", "-"): value for option, value in options.items()},
+    }
+
+
+def vfio_user_words(sockets: Sequence[Path], **options: Any) -> list[str]:
+    """Return QEMU's words for the devices behind ``sockets``; ``options`` go to each."""
     words = []
     for number, path in enumerate(sockets):
-        device = {
-            "driver": "vfio-user-pci",
-            "id": f"v{number}",
-            "socket": {"type": "unix", "path": str(path)},
-            **{name.replace("_", "-"): value for name, value in options.items()},
-        }
-        words += ["-device", json.dumps(device)]
+        # On the command line QEMU takes a socket's address in JSON only.
+        words += ["-device", json.dumps(vfio_user_device(path, f"v{number}", **options))]
     return words
 
 
