@@ -7,6 +7,6 @@ import pytest
 from bench_rows import check_measurement
 
 
-@pytest.mark.parametrize("name", ["state_stream", "get_state", "bar_read"])
+@pytest.mark.parametrize("name", ["state_stream", "get_state", "bar_read", "vfio_user"])
 def test_a_measurement_gives_ratios_with_bars(name: str) -> None:
     check_measurement(name, timeout=50)

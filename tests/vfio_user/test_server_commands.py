@@ -19,6 +19,7 @@ from raw_vfio_user import (
     MIB,
     MIG_DATA_READ,
     MIGRATION,
+    PLAIN,
     PRE_COPY,
     PRECOPY_INFO,
     RESET,
@@ -75,6 +76,13 @@ def test_qemu_finds_a_region_whose_areas_did_not_fit_into_the_first_reply() -> N
         argsz, flags, _, cap_offset, size, _ = struct.unpack("<4I2Q", few.body)
         assert (argsz, flags, cap_offset, size) == (80, 0b0111, 0, 4 * 4096)
         assert few.fds == []
+
+
+def test_a_client_that_takes_no_descriptors_is_offered_nothing_to_map() -> None:
+    with client_of(Bell(), PLAIN.replace(b"16", b"0 ", 1)) as client:
+        body = client.call(GET_REGION_INFO, struct.pack("<4I2Q", 80, 0, 1, 0, 0, 0))
+        assert struct.unpack_from("<4I", body.body)[:2] == (80, 0b1011)
+        assert body.fds == []
 
 
 def test_interrupts_are_counted() -> None:

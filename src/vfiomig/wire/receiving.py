@@ -112,11 +112,6 @@ class ReceiveBuffer:
         self.missing -= count
 
     @property
-    def ready(self) -> bool:
-        """Whether ``next`` is worth a try before more is received."""
-        return self._end - self._start >= max(self._need, 1) and not self.missing
-
-    @property
     def between_messages(self) -> bool:
         """Whether a peer that leaves now leaves no message half sent."""
         return self._start == self._end and not self.missing and not self._unwanted

@@ -221,12 +221,14 @@ class Line:
 
     # Receiving, for whoever has the role.
 
-    def _next(self) -> Request | Reply | None:
+    def _next(self, deadline: float | None = None) -> Request | Reply | None:
         """Return the next message, receiving bytes if there is none; nothing if it needs more."""
         wire = self.wire
         try:
             if not wire.between_messages and (message := wire.next()) is not None:
                 return message
+            if deadline is not None and not poll_until(self._socket, select.POLLIN, deadline):
+                return None
             count, ancillary, flags, _ = self._recvmsg_into([wire.buffer()], ROOM, CLOEXEC)
             if not count or ancillary or flags & CTRUNC:
                 self._received(count, passed_descriptors(ancillary), lost=bool(flags & CTRUNC))
@@ -369,10 +371,8 @@ class Line:
                 )
 
     def _receive_for(self, waiter: _Waiter, deadline: float) -> None:
-        while not waiter.done and self._room:
-            if not self.wire.ready and not poll_until(self._socket, select.POLLIN, deadline):
-                return
-            message = self._next()
+        while not waiter.done and self._room and time.monotonic() < deadline:
+            message = self._next(deadline)
             if message is None:
                 continue
             if isinstance(message, Request):
