@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from vfiomig.abi import pci, vfio
 from vfiomig.abi.ioctls import Dialect
+from vfiomig.checks import pages
 from vfiomig.core.iommufd import Iommufd
 from vfiomig.core.regions import region_offset
 from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from vfiomig.core.transfer import Migf
     from vfiomig.descriptors import HasFileno
 
-PAGE = mmap.PAGESIZE
+PAGE = pages.PAGE
+Pages = pages.Pages
 DEADLINE = 10.0
 LANDED, V6 = Dialect.LANDED, Dialect.V6
 GET, SET, PROBE = (
@@ -49,54 +50,6 @@ GET, SET, PROBE = (
 IOMMUFD = 3
 #: ... and something else that is open.
 OTHER = 4
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-
-
-class Pages:
-    """Pages with the given protections, side by side: ``Pages("rw", "r", "", "rw")``.
-
-    Behind the last one is nothing.
-    """
-
-    def __init__(self, *protections: str) -> None:
-        protections = (*protections, "")
-        self.size = len(protections) * PAGE
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.base = _libc.mmap(None, self.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
-        for number, letters in enumerate(protections):
-            self.protect(number, letters)
-
-    def protect(self, number: int, letters: str) -> None:
-        bits = mmap.PROT_READ * ("r" in letters) | mmap.PROT_WRITE * ("w" in letters)
-        assert not _libc.mprotect(self.page(number), PAGE, bits)
-
-    def page(self, number: int) -> int:
-        return int(self.base) + number * PAGE
-
-    def read_only(self, data: bytes) -> int:
-        """Put ``data`` into the first page, for reading only; return where it is."""
-        self.protect(0, "rw")
-        ctypes.memmove(self.base, data, len(data))
-        self.protect(0, "r")
-        return self.page(0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        _libc.munmap(self.base, self.size)
 
 
 class Caller:

@@ -165,13 +165,13 @@ class Hangs(Drilled):
 def test_a_device_that_hangs_fails_the_check_and_holds_nobody_up() -> None:
     device = Hangs()
     names = ("states.stop-to-stop-copy", "states.running-to-stop")
-    report = run(device_maker(device), *names, deadline=0.5)
+    report = run(device_maker(device), *names, deadline=1.5)
     device.go_on.set()
     hung, later = sorted(report.results, key=lambda result: result.verdict)
     assert hung.check.id == "states.stop-to-stop-copy"
     assert hung.verdict is Verdict.FAIL
     assert hung.expected == "an end in time"
-    assert hung.saw == "still under way after 0.5 s: SET STOP_COPY"
+    assert hung.saw == "still under way after 1.5 s: SET STOP_COPY"
     assert later.verdict is Verdict.NOT_RUN
     assert "an earlier check has lost the device" in later.saw
     for thread in threading.enumerate():

@@ -71,13 +71,18 @@ def a_stopped_device_does_not_change(subject: Subject) -> None:
     A device may put something of the moment into its stream; that is allowed.
     """
     first, second = subject.stopped_state(), subject.stopped_state()
-    difference = first_difference(first, second)
+    _prefer_same(subject, first, second, "STATE-3")
+
+
+def _prefer_same(subject: Subject, before: memoryview, after: memoryview, rule: str) -> None:
+    difference = first_difference(before, after)
+    saw = "the same bytes" if difference is None else f"others from byte {difference} on"
     subject.evidence.prefer(
         "the second save",
         difference is None,
         "the same bytes",
-        "the same bytes" if difference is None else f"others from byte {difference} on",
-        "STATE-3, unless the stream tells more than the state",
+        saw,
+        f"{rule}, unless the stream tells more than the state",
     )
 
 
@@ -101,15 +106,7 @@ def what_was_loaded_is_saved_again(subject: Subject) -> None:
     data_fd = subject.session(State.RESUMING)
     subject.write_all(data_fd, before)
     subject.go(State.STOP)
-    after = subject.stopped_state()
-    difference = first_difference(before, after)
-    subject.evidence.prefer(
-        "the second save",
-        difference is None,
-        "the same bytes",
-        "the same bytes" if difference is None else f"others from byte {difference} on",
-        "STATE-4, unless the stream tells more than the state",
-    )
+    _prefer_same(subject, before, subject.stopped_state(), "STATE-4")
 
 
 @CHAPTER.check("SAVE-1", "SESSION-13")
