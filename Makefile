@@ -10,8 +10,8 @@
 .DELETE_ON_ERROR:
 # Two verbs side by side would run two pips in one .venv.
 .NOTPARALLEL:
-.PHONY: help setup setup-dev demo demo-qemu test test-qemu test-all check bench docs dist lock clean
-.PHONY: distclean platform compiler browser guests fetched
+.PHONY: help setup setup-dev demo demo-qemu test test-qemu test-kernel test-all check bench docs
+.PHONY: dist lock clean distclean platform compiler browser guests fetched
 
 PYTHON ?= python3
 export PYTHON
@@ -40,9 +40,12 @@ test: platform compiler .venv/.installed-test ## run the tests that need nothing
 test-qemu: platform compiler guests ## run the tests with guests under QEMU, which is fetched
 	@$(PYTEST) tests/qemu
 
+test-kernel: platform compiler guests ## run the tests with a driver of a kernel, in guests that are fetched
+	@$(RUN) -m pytest $(PYTEST_ARGS) tests/guest
+
 # One run of pytest, so that its summary is about everything.
 test-all: platform compiler browser guests ## run every test that this machine can run
-	@$(PYTEST) $(FAST) tests/browser tests/qemu
+	@$(PYTEST) $(FAST) tests/browser tests/qemu tests/guest
 
 docs: .venv/.installed-run ## write the pages that are made from tables
 	@$(RUN) -m vfiomig.checks.page docs/checks.md

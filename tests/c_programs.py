@@ -21,12 +21,13 @@ WHOLE = f"{TESTS}/devices/commanded.py:Whole"
 DEADLINE = 40
 
 
-def compile_program(name: str, folder: Path) -> Path:
+def compile_program(name: str, folder: Path, *options: str) -> Path:
     """Compile c/NAME.c as the plain C that it is; warnings are errors."""
     binary = folder / name
     subprocess.run(
         [
             *("gcc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"),
+            *options,
             *("-o", binary, HERE / "c" / f"{name}.c"),
         ],
         check=True,

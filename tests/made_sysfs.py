@@ -41,8 +41,10 @@ def make_sysfs(root: Path, *devices: Made) -> Path:
         if device.group is not None:
             group = root / "kernel/iommu_groups" / device.group.removeprefix("noiommu-")
             (group / "devices").mkdir(parents=True, exist_ok=True)
-            if device.group.startswith("noiommu-"):
+            if device.group.startswith("noiommu-") or device.bus == "mdev":
                 (group / "name").write_text("vfio-noiommu\n", encoding="ascii")
+            if device.driver is not None:
+                (root / "class/vfio" / device.group).mkdir(parents=True, exist_ok=True)
             _link(group / "devices" / device.name, folder)
             _link(folder / "iommu_group", group)
     return root

@@ -7,6 +7,8 @@ with its exit status. The modules:
 ``packages``   Debian packages, resolved, downloaded, checked and unpacked into a folder
 ``fetch``      what a guest is made of, and the cache folder that has it
 ``vmlinux``    the kernel out of its compressed image, because that boots faster
+``mtty``       a kernel's sample driver for VFIO, built
+``inside``     the host's files in a guest, so that the host's programs run on the guest's kernel
 
 The guests themselves are ``vfiomig.qemu``, which takes from the cache what is there.
 """

@@ -15,6 +15,7 @@ from vfiomig.qemu.initrd import DEFAULT_MODULES, build_initrd
 from vfiomig.qemu.installed import VFIO_USER_QEMU, GuestFiles, cache_folder
 from vfiomig.qemu.machine import DEFAULT_ACCEL, Machine
 from vmtest.fetch import choose_qemu, fetch_guest_files, fetch_lspci, say
+from vmtest.mtty import fetch_mtty
 
 #: As env, nice and their like: no exit status of the command itself.
 _OWN_FAILURE: Final = 125
@@ -65,6 +66,8 @@ def _fetch(options: argparse.Namespace) -> int:
     if not options.demo:
         print(f"qemu for vfio-user {choose_qemu(None, cache, VFIO_USER_QEMU)}")
         print(f"lspci {fetch_lspci(cache)}")
+        for flavour, guest in fetch_mtty(cache).items():
+            print(f"mtty by {flavour}: kernel {guest.kernel}, modules {guest.modules}")
     return 0
 
 

@@ -114,9 +114,13 @@ class Repository:
         _run(self._command("update", "--error-on=any"))
         (self._folder / "refreshed").touch()
 
-    def closure(self, *names: str) -> list[str]:
-        """Return ``names`` and all that they depend on, each as ``name=version``."""
-        return parse_plan(_run(self._command("-t", self._suites[-1], "-s", "install", *names)))
+    def closure(self, *names: str, suite: str = "") -> list[str]:
+        """Return ``names`` and all that they depend on, each as ``name=version``.
+
+        Of equal packages the one in ``suite`` is taken, the last of the suites if none is named.
+        """
+        chosen = suite or self._suites[-1]
+        return parse_plan(_run(self._command("-t", chosen, "-s", "install", *names)))
 
     def kernel_of(self, metapackage: str) -> str:
         """Return the image package that ``metapackage`` stands for, as ``name=version``."""

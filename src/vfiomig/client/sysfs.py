@@ -8,15 +8,16 @@ cannot be read, is ``None``: a container often shows no sysfs, or that of anothe
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = ("SysDevice", "Sysfs")
 
 BUSES = ("pci", "mdev")
-#: The name of a group that was made for a device without an IOMMU.
-NO_IOMMU = "vfio-noiommu"
+#: What the node of a group is called in front of its number if its devices do DMA without an IOMMU.
+#: The group's own name does not tell: a mediated device, which has none either, is in one
+#: that is called the same, and its node has the bare number.
+NO_IOMMU = "noiommu-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,34 +44,31 @@ class Sysfs:
         for bus in BUSES:
             folder = self.root / "bus" / bus / "devices" / name
             if folder.is_dir():
-                return _describe(folder, name)
+                return self._describe(folder, name)
         return None
 
     def of_node(self, node: str) -> SysDevice | None:
         """Find the device behind /dev/vfio/devices/NODE."""
         folder = self.root / "class/vfio-dev" / node / "device"
-        return _describe(folder, folder.resolve().name) if folder.is_dir() else None
+        return self._describe(folder, folder.resolve().name) if folder.is_dir() else None
 
     def members(self, group: str) -> list[SysDevice]:
         """List the devices of /dev/vfio/GROUP, by name."""
-        number = group.removeprefix("noiommu-")
+        number = group.removeprefix(NO_IOMMU)
         folder = self.root / "kernel/iommu_groups" / number / "devices"
-        return [_describe(folder / name, name) for name in _names(folder)]
+        return [self._describe(folder / name, name) for name in _names(folder)]
 
+    def _describe(self, folder: Path, name: str) -> SysDevice:
+        nodes = _names(folder / "vfio-dev")
+        driver = _link(folder / "driver")
+        return SysDevice(name, driver, nodes[0] if nodes else None, self._group(folder))
 
-def _describe(folder: Path, name: str) -> SysDevice:
-    nodes = _names(folder / "vfio-dev")
-    return SysDevice(name, _link(folder / "driver"), nodes[0] if nodes else None, _group(folder))
-
-
-def _group(folder: Path) -> str | None:
-    number = _link(folder / "iommu_group")
-    if number is None:
-        return None
-    title = ""
-    with suppress(OSError, ValueError):
-        title = (folder / "iommu_group/name").read_text(encoding="ascii").strip()
-    return f"noiommu-{number}" if title == NO_IOMMU else number
+    def _group(self, folder: Path) -> str | None:
+        number = _link(folder / "iommu_group")
+        if number is None:
+            return None
+        special = f"{NO_IOMMU}{number}"
+        return special if (self.root / "class/vfio" / special).exists() else number
 
 
 def _link(path: Path) -> str | None:

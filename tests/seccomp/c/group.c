@@ -177,8 +177,8 @@ static void section_names(void)
 	char *name = malloc(5000);
 
 	say_device("nowhere", group, nowhere);
-	say_device("cut off before its end", group, at_edge(NAME_0, 13, 8));
-	say_device("at the end of memory", group, at_edge(NAME_0, 13, 13));
+	say_device("cut off before its end", group, at_edge(NAME_0, sizeof(NAME_0), 8));
+	say_device("at the end of memory", group, at_edge(NAME_0, sizeof(NAME_0), sizeof(NAME_0)));
 	memset(name, 'x', 5000);
 	say_device("5000 bytes", group, name);
 	name[4096] = 0;

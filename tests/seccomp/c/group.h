@@ -23,8 +23,11 @@
 #define UNMAP_ALL 2u
 #define UNMAP_VADDR 4u
 
+/* Compiled with other names where the devices of groups 0 and 1 are called otherwise. */
+#ifndef NAME_0
 #define NAME_0 "0000:01:00.0"
 #define NAME_1 "0000:02:00.0"
+#endif
 
 struct group_status { uint32_t argsz, flags; };
 struct dma_map { uint32_t argsz, flags; uint64_t vaddr, iova, size; };
