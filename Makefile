@@ -41,7 +41,7 @@ test-qemu: platform compiler guests ## run the tests with guests under QEMU, whi
 	@$(PYTEST) tests/qemu
 
 test-kernel: platform compiler guests ## run the tests with a driver of a kernel, in guests that are fetched
-	@$(RUN) -m pytest $(PYTEST_ARGS) tests/guest
+	@$(PYTEST) tests/guest
 
 # One run of pytest, so that its summary is about everything.
 test-all: platform compiler browser guests ## run every test that this machine can run

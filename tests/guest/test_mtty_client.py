@@ -7,21 +7,20 @@ import fcntl
 import json
 import mmap
 import os
-import resource
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import vfiomig
+from client_suite import no_free_descriptor, raises, state_of
 from kernel_guest import PAIR, SINGLE
 from vfiomig import Capability, DeviceClient, SessionError, SetStateError, State
 from vfiomig.abi import vfio
 from vfiomig.client.recovery import Outcome, recover
-from vfiomig.errors import RequestError, TargetError
+from vfiomig.errors import TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +36,12 @@ KNOWN = {
     "resuming.a-foreign-state-is-refused",
     "resuming.a-write-after-a-failed-one-saves-nothing",
     "precopy.the-temporary-end-is-enomsg",
+    # It is in the state in which its last user left it.
+    "reopen.from-stop",
+    "reopen.from-stop-copy",
+    "reopen.from-running-p2p",
+    "reopen.from-pre-copy",
+    "reopen.from-pre-copy-p2p",
     # Its log of DMA is a stub, which starts and stops and never reports.
     "dma.start-is-refused-while-logging",
     "dma.stop-ends-the-reports",
@@ -53,20 +58,6 @@ RBR = 0  # the register that bytes are written to and read from
 def dev() -> Iterator[DeviceClient]:
     with vfiomig.open(PAIR[0]) as client:
         yield client
-
-
-@contextmanager
-def refused(number: int) -> Iterator[list[RequestError]]:
-    caught: list[RequestError] = []
-    try:
-        yield caught
-    except RequestError as failure:
-        caught.append(failure)
-    assert [failure.errno for failure in caught] == [number], caught
-
-
-def state_of(dev: DeviceClient) -> State:
-    return dev.state
 
 
 def say(dev: DeviceClient, text: bytes) -> None:
@@ -145,13 +136,13 @@ def test_a_session_ends_with_its_state(dev: DeviceClient) -> None:
     with dev.set_state(State.STOP_COPY) as session:
         assert session.readinto(bytearray(10)) == 10
         dev.set_state(State.STOP)
-        with refused(errno.ENODEV):
+        with raises(errno.ENODEV):
             session.readinto(bytearray(10))
         with dev.set_state(State.STOP_COPY) as again:
             assert len(b"".join(map(bytes, again))) == TWO_PORTS
             assert again.readinto(bytearray(1)) == 0
             dev.reset()
-            with refused(errno.ENODEV):
+            with raises(errno.ENODEV):
                 again.readinto(bytearray(1))
         assert state_of(dev) is State.RUNNING
 
@@ -177,13 +168,8 @@ def test_a_data_fd_is_no_file_like_others(dev: DeviceClient) -> None:
 def test_without_a_free_descriptor_the_state_has_changed_and_recovery_gets_one(
     dev: DeviceClient,
 ) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
-    try:
-        with refused(errno.EMFILE) as caught:
-            dev.set_state(State.STOP_COPY)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with no_free_descriptor(dev), raises(errno.EMFILE) as caught:
+        dev.set_state(State.STOP_COPY)
     assert state_of(dev) is State.STOP_COPY
     report = recover(dev, caught[0])
     assert report.outcome is Outcome.SETTLED
@@ -209,14 +195,14 @@ def test_more_than_a_state_is_not_taken(dev: DeviceClient) -> None:
     state = saved(dev)
     with dev.set_state(State.RESUMING) as session:
         session.write_all(state)
-        with refused(errno.ENOMEM):
+        with raises(errno.ENOMEM):
             session.write(b"x")
         dev.set_state(State.STOP)
 
 
 def test_a_foreign_header_is_refused_and_recovery_resets(dev: DeviceClient) -> None:
     with dev.set_state(State.RESUMING) as session:
-        with refused(errno.EFAULT) as caught:
+        with raises(errno.EFAULT) as caught:
             session.write_all(bytes(HEADER))
         report = recover(dev, caught[0])
         assert (report.outcome, state_of(dev)) == (Outcome.RESET, State.RUNNING)
@@ -231,10 +217,10 @@ def test_a_card_with_one_port_is_not_taken_for_one_with_two(dev: DeviceClient) -
 
 
 def test_precopy_info_is_for_pre_copy_only(dev: DeviceClient) -> None:
-    with dev.set_state(State.STOP_COPY) as session, refused(errno.EINVAL):
+    with dev.set_state(State.STOP_COPY) as session, raises(errno.EINVAL):
         session.precopy_info()
     dev.set_state(State.STOP)
-    with dev.set_state(State.RESUMING) as session, refused(errno.ENOTTY):
+    with dev.set_state(State.RESUMING) as session, raises(errno.ENOTTY):
         session.precopy_info()
     dev.reset()
 
@@ -242,14 +228,14 @@ def test_precopy_info_is_for_pre_copy_only(dev: DeviceClient) -> None:
 def test_memory_is_mapped_and_unmapped(dev: DeviceClient) -> None:
     with mmap.mmap(-1, 1 << 16) as memory:
         dev.map(0x100000, memory)
-        with refused(errno.EEXIST):
+        with raises(errno.EEXIST):
             dev.map(0x100000, memory)
         assert dev.unmap(0x100000, 1 << 16) == 1 << 16
 
 
 def test_the_log_of_the_driver_is_a_stub(dev: DeviceClient) -> None:
     dev.start_dma_logging([(0x100000, 1 << 16)])
-    with refused(errno.ENOTSUP):
+    with raises(errno.ENOTSUP):
         dev.report_dma_logging(0x100000, 1 << 16)
     dev.stop_dma_logging()
 
