@@ -194,6 +194,31 @@ def test_descriptors_that_the_kernel_dropped_make_their_message_emfile() -> None
             requests.dma_map_untrusted(p.messages[1])
 
 
+def test_descriptors_with_every_byte_do_not_fill_the_table_of_the_receiver() -> None:
+    server = agreed()[1]
+    head = message(1, 16, bytes(3000))  # DEVICE_FEATURE
+    kept: set[int] = set()
+    for at, byte in enumerate(head):
+        server.buffer()[0] = byte
+        fds = range(at * 253, (at + 1) * 253)
+        kept |= set(fds) - set(server.received(1, fds))
+        assert len(kept) <= 1024
+        if at + 1 < len(head):
+            assert server.next() is None
+    request = server.next()
+    assert isinstance(request, Request)
+    assert set(request.fds) == kept
+    assert request.refusal is not None
+    assert request.refusal.errno == errno.EMFILE
+    # What comes behind it is not affected.
+    mapping = map_one(2)
+    server.buffer()[: len(mapping)] = mapping
+    assert list(server.received(len(mapping), [7])) == []
+    request = server.next()
+    assert isinstance(request, Request)
+    assert (request.fds, request.refusal) == ([7], None)
+
+
 def test_a_reply_may_have_descriptors_and_loses_none() -> None:
     client = agreed()[0]
     first, second = (client.request(GET_REGION_INFO, bytes(32)).msg_id for _ in range(2))

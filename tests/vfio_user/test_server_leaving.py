@@ -111,6 +111,22 @@ def test_descriptors_of_a_message_that_never_became_whole_are_closed(path: str) 
             finds_it_running(path)
 
 
+def test_descriptors_of_a_request_that_came_instead_of_an_answer_are_closed() -> None:
+    engine = Engine()
+    message = HEADER.pack(1, MIG_DATA_WRITE, 16 + 8 + MIB, 0, 0) + struct.pack("<II", 8 + MIB, MIB)
+    with served(engine) as path, Fd(os.eventfd(0, os.EFD_CLOEXEC)) as eventfd:
+        with Raw.connect(path) as client:
+            client.good(DMA_MAP, struct.pack("<IIQQQ", 32, 3, 0, 0, 4096))
+            assert client.write_region(CONFIG, 4, b"\6\0") == 0
+            assert client.write_region(0, 8, struct.pack("<Q", 16)) == 0
+            client.send(REGION_WRITE, struct.pack("<QIIQ", 16, 0, 8, READ))
+            asked = client.receive()
+            assert asked is not None
+            assert asked.command == DMA_READ
+            socket.send_fds(client.sock, [message + bytes(9000)], [eventfd.fileno()] * 3)
+        finds_it_running(path)
+
+
 @pytest.mark.parametrize("state", range(1, 8))
 def test_a_client_may_leave_in_any_state(path: str, state: int) -> None:
     with Raw.connect(path) as client:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 READ_AHEAD = 4096
 NO_FDS: Sequence[int] = ()
+#: Descriptors that may wait for the rest of their messages: no peer may send as many with one,
+#: and one that sends some with each byte shall not fill the table of this process.
+MOST_FDS = 1024
 
 
 class _Mark(NamedTuple):
@@ -93,8 +96,19 @@ class ReceiveBuffer:
             return NO_FDS
         if self._start == self._end or not count:
             return fds
+        if fds and sum(len(mark.fds) for mark in self._marks) + len(fds) > MOST_FDS:
+            self._mark_lost()
+            return fds
         self._marks.append(_Mark(self._end - 1, fds, lost))
         return NO_FDS
+
+    def _mark_lost(self) -> None:
+        """Note that descriptors which came with the last byte were not kept."""
+        mark, marks = _Mark(self._end - 1, NO_FDS, lost=True), self._marks
+        if len(marks) > 1 and not marks[-1].fds and not marks[-2].fds:
+            marks[-1] = mark  # one for the message that is incomplete, one for the newest
+        else:
+            marks.append(mark)
 
     def _drop(self, count: int) -> None:
         """Step over those of ``count`` new bytes that nobody took or wants."""

@@ -283,7 +283,11 @@ class Line:
     def _enqueue(self, request: Request) -> None:
         """Keep a request for the server's thread, apart from the receive buffer."""
         request.body = memoryview(bytes(request.body))
-        request.data = memoryview(bytes(self.data_of(request)))
+        try:
+            request.data = memoryview(bytes(self.data_of(request)))
+        except ClientGone:
+            close_all(request.fds)
+            raise
         with self._turns:
             self._queue.append(request)
             self._queued_bytes += request.data_size
