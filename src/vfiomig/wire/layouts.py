@@ -27,6 +27,7 @@ def compiled(*structs: type[UapiStruct]) -> struct.Struct:
 HEADER = compiled(vfio_user.Header)
 VERSION = compiled(vfio_user.Version)
 REGION_ACCESS = compiled(vfio_user.RegionAccess)
+REGION_READ_REPLY = compiled(vfio_user.Header, vfio_user.RegionAccess)
 DMA_ACCESS = compiled(vfio_user.DmaRegionAccess)
 MIG_DATA = compiled(vfio_user.MigData)
 WRITE_MULTI = compiled(vfio_user.WriteMulti)

@@ -97,8 +97,7 @@ def region_read(visit: Visit, request: Request) -> None:
     if region >= REGIONS or offset >= REGION_ROOM:
         raise _nowhere(region, offset)
     data = visit.file.pread(OFFSETS[region] + offset, size, visit.line.lend)
-    head = pack_region_access(offset, region, len(data))
-    visit.line.send(visit.wire.reply(request, head, data))
+    visit.line.send(visit.wire.reply_region_read(request, offset, region, data))
 
 
 def region_write(visit: Visit, request: Request) -> None:

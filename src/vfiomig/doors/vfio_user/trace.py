@@ -82,6 +82,10 @@ class TracedConnection(ServerConnection):
         self._tell(request, len(data) + sum(map(len, more)))
         return super().reply(request, head, data, *more)
 
+    def reply_region_read(self, request: Request, offset: int, region: int, data: bytes) -> Buffers:
+        self._tell(request, len(data))
+        return super().reply_region_read(request, offset, region, data)
+
     def error(self, request: Request, number: int, payload: bytes = b"") -> Buffers:
         self._tell(request, -number)
         return super().error(request, number, payload)
