@@ -3,12 +3,13 @@
 Theory of operation
 -------------------
 An access looks its mapping up, moves its bytes and marks what it wrote in the logs, all under the
-lock of the IO address space (space.py says why). Nearly every access lies inside one mapping and
-takes the short way through; what does not, or what is long, goes piece by piece.
+lock of the IO address space (space.py says why, and when not). Nearly every access lies inside one
+mapping and takes the short way through; what does not, or what is long, goes piece by piece.
 
 A write is marked after its bytes are there, and whatever became of it: marked before, a report in
 between would forget the page while its old bytes are still in place. Since the logs are looked up
-after the bytes as well, a write that is under way when logging starts is in the log.
+after the bytes as well, a write that is under way when logging starts is in the log. One without
+the lock is marked before as well, for the report that comes with an unmap.
 """
 
 from __future__ import annotations
@@ -66,6 +67,19 @@ class DmaPort:
             self._attached = table
             self._settle_locked()
 
+    @property
+    def is_master(self) -> bool:
+        """Whether the device may do DMA; who may not leaves memory alone, and fails at nothing."""
+        return self._masters
+
+    @property
+    def asks_user(self) -> bool:
+        """Whether an access may wait for whoever uses the device, who must not wait for it then.
+
+        So a hook for an access of the user's leaves such DMA to a thread.
+        """
+        return self._attached is not None and self._attached.space.asks_user
+
     def master(self, on: bool) -> None:
         """Let the device do DMA, or not, as a PCI function's bus master bit does."""
         with self._lock:
@@ -85,7 +99,12 @@ class DmaPort:
             space = table.space
             with space.lock:
                 mapping = space.find_locked(iova, length)
-                if mapping is not None and mapping.readable and self.table is table:
+                if (
+                    mapping is not None
+                    and mapping.readable
+                    and not mapping.asks_user
+                    and self.table is table
+                ):
                     try:
                         return mapping.memory.read(iova + mapping.shift, length)
                     except OSError as fault:
@@ -107,7 +126,12 @@ class DmaPort:
             space = table.space
             with space.lock:
                 mapping = space.find_locked(iova, length)
-                if mapping is not None and mapping.readable and self.table is table:
+                if (
+                    mapping is not None
+                    and mapping.readable
+                    and not mapping.asks_user
+                    and self.table is table
+                ):
                     try:
                         _fill(mapping.memory, iova + mapping.shift, view)
                     except OSError as fault:
@@ -127,7 +151,12 @@ class DmaPort:
             space = table.space
             with space.lock:
                 mapping = space.find_locked(iova, length)
-                if mapping is not None and mapping.writable and self.table is table:
+                if (
+                    mapping is not None
+                    and mapping.writable
+                    and not mapping.asks_user
+                    and self.table is table
+                ):
                     try:
                         mapping.memory.write(iova + mapping.shift, data)
                     except OSError as fault:
@@ -184,13 +213,23 @@ class DmaPort:
                 verb = "written" if writes else "read"
                 raise RequestError(errno.EFAULT, f"the mapping of {iova:#x} may not be {verb}")
             size = min(left, mapping.end - iova, PIECE)
-            try:
-                move(mapping.memory, iova + mapping.shift, done, size)
-            finally:
-                if writes:
-                    for log in (*self.logs, *filter(None, (table.log,))):
-                        log.mark(iova, size)
+            if not mapping.asks_user:
+                try:
+                    move(mapping.memory, iova + mapping.shift, done, size)
+                finally:
+                    self._mark(table, iova, size * writes)
+                return size
+        self._mark(table, iova, size * writes)
+        try:
+            move(mapping.memory, iova + mapping.shift, done, size)
+        finally:
+            self._mark(table, iova, size * writes)
         return size
+
+    def _mark(self, table: PageTable, iova: int, written: int) -> None:
+        if written:
+            for log in (*self.logs, *filter(None, (table.log,))):
+                log.mark(iova, written)
 
 
 def _fill(memory: Memory, address: int, view: memoryview) -> None:

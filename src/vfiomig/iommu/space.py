@@ -11,6 +11,10 @@ A device's access is made while ``lock`` is held (port.py), from the lookup to t
 its mark in the logs. So when an unmap has returned, nothing is under way to what it removed, and
 its owner may give that memory to somebody else; nothing more than one uncontended lock is paid
 for this. Large accesses are made in pieces, between which others get their turn.
+
+Memory that is reached by asking whoever uses the device is not accessed under the lock: they may
+wait for an unmap and answer nobody meanwhile. Nothing of theirs is mapped here, so it is theirs
+as well to know what is under way to memory that they have unmapped.
 """
 
 from __future__ import annotations
@@ -65,6 +69,8 @@ class Mapping:
     writable: bool
     #: Whether a copy of it may be writable: the memory was mapped for writing in the first place.
     may_write: bool | None = None
+    #: Whether an access asks whoever uses the device, and waits for the answer.
+    asks_user: bool = False
     #: What an IOVA and its address differ by.
     shift: int = field(init=False)
 
@@ -85,8 +91,10 @@ class IoSpace:
     """
 
     def __init__(self, limits: Iterable[Limit] = (OF_TABLE, OF_DEVICE)) -> None:
-        #: Held during every access. ``_locked`` methods and ``logs`` are for who holds it.
+        #: Held during an access. ``_locked`` methods and ``logs`` are for who holds it.
         self.lock = threading.Lock()
+        #: Whether there was memory for reading and writing to which accesses ask the user.
+        self.asks_user = False
         #: Logs of page tables of this space: they forget what is unmapped.
         self.logs: list[DirtyLog] = []
         self._limits = IovaLimits(limits)
@@ -291,6 +299,8 @@ class IoSpace:
                 raise RequestError(errno.EPERM, "the memory was mapped for reading only")
             if mapping.address % self._limits.alignment:
                 raise RequestError(errno.EINVAL, "the memory does not begin at a page")
+            if mapping.asks_user and mapping.readable and mapping.writable:
+                self.asks_user = True
         at = bisect_right(self._starts, mappings[0].iova)
         self._mappings[at:at] = mappings
         self._starts[at:at] = [mapping.iova for mapping in mappings]

@@ -6,8 +6,8 @@ DMA_MAP brings a descriptor, and the file behind it is mapped here as well; or i
 each access is a DMA_READ or DMA_WRITE that the client answers. Both are memory of one IO address
 space, so the device's port knows no difference, and its log of writes has both.
 
-An unmap waits for the accesses that are under way, as everywhere (iommu/space.py), for the
-client's answers as well: it answers them while it waits for ours.
+An unmap waits for the accesses to what is mapped here, as everywhere (iommu/space.py), and not for
+the client's answers: QEMU gives none while one of its threads waits for ours.
 """
 
 from __future__ import annotations
@@ -107,5 +107,6 @@ class ClientSpace(IoSpace):
                 address=place.address,
                 readable=bool(asked.flags & READ),
                 writable=writable,
+                asks_user=file is None,
             )
         )
