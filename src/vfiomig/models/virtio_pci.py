@@ -153,11 +153,17 @@ class VirtioPci(Device):
     def write_bar4(self, offset: int, data: bytes) -> None:
         if offset >= NOTIFY:
             if offset < NOTIFY + PAGE:
-                self._worker.kick()
+                self._kick()
         elif offset < COMMON_SIZE:
             self.common.write(offset, data)
             if offset <= DEVICE_STATUS < offset + len(data):
-                self._worker.kick()
+                self._kick()
+
+    def _kick(self) -> None:
+        if self.dma.asks_user:
+            self._worker.wake()
+        else:
+            self._worker.kick()
 
     def _take_isr(self) -> int:
         with self._isr_lock:
@@ -188,6 +194,8 @@ class VirtioPci(Device):
         if self.common.reset_wanted:
             self._reset_transport()
         left = False
+        if not self.dma.is_master:
+            return False
         for queue in self.common.queues:
             if queue.enabled and self.common.live and self._worker.running:
                 try:
