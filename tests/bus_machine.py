@@ -27,6 +27,7 @@ _BARS: Final = 0xE000_0000
 _BAR_ROOM: Final = 1 << 20
 
 _COMMAND, _BAR0, _CAPABILITIES = 0x04, 0x10, 0x34
+_PORTS: Final = 1
 _MEMORY_AND_MASTER: Final = 6
 _MSIX: Final = 0x11
 _LETTERS: Final = {1: "b", 2: "w", 4: "l", 8: "q"}
@@ -143,6 +144,11 @@ class PciFunction:
         for bar in bars:
             self.set_config(_BAR0 + 4 * bar, self.bar(bar))
         self.set_config(_COMMAND, _MEMORY_AND_MASTER, 2)
+
+    def enable_ports(self, bar: int, port: int) -> None:
+        """Give a BAR of I/O space its first port, and let the device answer there."""
+        self.set_config(_BAR0 + 4 * bar, port)
+        self.set_config(_COMMAND, _PORTS, 2)
 
     def bar(self, number: int) -> int:
         return _BARS + (self._slot * 8 + number) * _BAR_ROOM

@@ -1,4 +1,4 @@
-"""``vfiomig serve`` in a process of its own."""
+"""``vfiomig serve`` in a process of its own, and a guest whose devices are served so."""
 
 from __future__ import annotations
 
@@ -9,16 +9,25 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vfiomig.descriptors import poll_until
+from vfiomig.qemu.guest import Guest
+from vfiomig.qemu.vfio import vfio_user_words
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from typing import Self
 
-__all__ = ("Serving",)
+    from guest_parts import GuestParts
 
+__all__ = ("PATIENT", "Serving", "serving_all", "vfio_user_guest")
+
+#: QEMU waits this long for a reply. A busy machine is no reason to fail.
+PATIENT: dict[str, Any] = {"x_msg_timeout": 30_000}
 PATIENCE_S = 20.0
 SOURCE = Path(__file__).parent.parent / "src"
 
@@ -58,8 +67,8 @@ class Serving:
         self._process.send_signal(signal.SIGCONT)
         self._process.terminate()
         code = self._end()
-        if kind is None:
-            assert (code, self._said.decode()) == (128 + signal.SIGTERM, self._ready)
+        if kind is None and (code != 128 + signal.SIGTERM or self._said != self._ready.encode()):
+            raise AssertionError(f"the server ended with {code} and said: {self._said.decode()}")
 
     def _end(self) -> int:
         _, said = self._process.communicate(timeout=PATIENCE_S)
@@ -82,3 +91,23 @@ class Serving:
         maps = Path(f"/proc/{self.pid}/maps").read_text()
         found = re.findall(rf"^(\w+)-(\w+) .*{re.escape(name)}", maps, re.MULTILINE)
         return sum(int(end, 16) - int(start, 16) for start, end in found)
+
+
+@contextmanager
+def serving_all(specs: Sequence[str], folder: Path) -> Iterator[list[Serving]]:
+    """Serve each of ``specs`` at a socket in ``folder``."""
+    with ExitStack() as stack:
+        servings = [Serving(spec, folder / f"v{at}") for at, spec in enumerate(specs)]
+        yield [stack.enter_context(serving) for serving in servings]
+
+
+@contextmanager
+def vfio_user_guest(
+    parts: GuestParts, servings: Sequence[Serving], *, shared_memory: bool = True
+) -> Iterator[Guest]:
+    """Boot Linux with the devices that ``servings`` have."""
+    words = vfio_user_words([serving.path for serving in servings], **PATIENT)
+    machine = replace(parts.machine(*words), shared_memory=shared_memory)
+    with Guest(parts.qemu, machine) as guest:
+        guest.wait_ready()
+        yield guest

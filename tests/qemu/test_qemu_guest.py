@@ -10,18 +10,22 @@ import shlex
 import signal
 import socket
 import threading
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 
+from serving import serving_all, vfio_user_guest
 from vfiomig.qemu.guest import Guest
 from vfiomig.qemu.machine import Machine
 from vfiomig.qemu.migration import migrate
 from vfiomig.qemu.vfio import run_words, vfio_words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from guest_parts import GuestParts
 
@@ -44,8 +48,11 @@ echo ended >>acknowledged
 """
 
 
+Way: TypeAlias = "Callable[[GuestParts, Sequence[str], Path], AbstractContextManager[Guest]]"
+
+
 class Served:
-    """A guest behind ``vfiomig run``, and where its devices can be seen from outside."""
+    """A guest with two devices, and where these can be seen from outside."""
 
     def __init__(self, guest: Guest, folder: Path) -> None:
         self.guest = guest
@@ -53,16 +60,49 @@ class Served:
         self.port = folder / "port"
 
 
-@pytest.fixture(scope="module")
-def served(parts: GuestParts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+@contextmanager
+def behind_run(parts: GuestParts, specs: Sequence[str], folder: Path) -> Iterator[Guest]:
+    machine = parts.machine(*vfio_words(len(specs)))
+    with Guest(parts.qemu, machine, launcher=run_words(specs)) as guest:
+        guest.wait_ready()
+        yield guest
+
+
+@contextmanager
+def over_vfio_user(
+    parts: GuestParts, specs: Sequence[str], folder: Path, *, shared_memory: bool
+) -> Iterator[Guest]:
+    with (
+        serving_all(specs, folder) as servings,
+        vfio_user_guest(parts, servings, shared_memory=shared_memory) as guest,
+    ):
+        # What they have not mapped they reach by messages.
+        assert all(bool(each.mapped("memory-backend")) == shared_memory for each in servings)
+        yield guest
+
+
+#: How QEMU reaches the devices, and the fixture with the QEMU that can do so.
+WAYS: dict[str, tuple[Way, str]] = {
+    "vfiomig run": (behind_run, "parts"),
+    "vfio-user": (partial(over_vfio_user, shared_memory=True), "vfio_user_parts"),
+    "vfio-user, DMA by messages": (
+        partial(over_vfio_user, shared_memory=False),
+        "vfio_user_parts",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     """One guest with a disk in a file, and a serial card with a socket and a loopback plug."""
+    way, parts = WAYS[request.param]
     folder = tmp_path_factory.mktemp("served")
     with (folder / "disk").open("wb") as disk:
         disk.truncate(SIZE)
     specs = (f"virtio_blk,path={folder}/disk", f"mtty,port0=socket:{folder}/port")
-    machine = parts.machine(*vfio_words(len(specs)))
-    with Guest(parts.qemu, machine, launcher=run_words(specs)) as guest:
-        guest.wait_ready()
+    with way(request.getfixturevalue(parts), specs, folder) as guest:
         yield Served(guest, folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,7 +14,7 @@ from devices.engine import PATTERN
 from devices.switchboard import COUNT, DIGEST, MODULUS, RING, TABLE, VALUE, VECTORS
 from qemu_plugged import let_go
 from serial_cards import eventually
-from serving import Serving
+from serving import PATIENT, Serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,8 +28,6 @@ ENGINE = f"{HERE}/devices/engine.py:Engine"
 BELL = f"{HERE}/suite_devices.py:Bell"
 #: A place in the machine's memory, and one that is no page's beginning.
 HERE_ADDRESS, THERE_ADDRESS = 0x20_0000, 0x200_0123
-#: QEMU waits this long for a reply. A busy machine is no reason to fail.
-PATIENT: dict[str, Any] = {"x_msg_timeout": 30_000}
 MIB = 1 << 20
 
 
