@@ -35,11 +35,11 @@ SOURCE = Path(__file__).parent.parent / "src"
 class Serving:
     """A server, as a context; at its end it has said nothing but that it serves."""
 
-    def __init__(self, spec: str, path: Path) -> None:
+    def __init__(self, spec: str, path: Path, *options: str) -> None:
         self.path = path
         self._ready = f"serving {spec} on {path}\n"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vfiomig", "serve", spec, "--socket", str(path)],
+            [sys.executable, "-m", "vfiomig", "serve", spec, "--socket", str(path), *options],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )

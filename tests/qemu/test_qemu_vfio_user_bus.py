@@ -128,14 +128,38 @@ def test_all_vectors_arrive_of_a_device_with_more_than_a_message_has_descriptors
     vfio_user_parts: GuestParts, switchboard: Serving
 ) -> None:
     with start(vfio_user_parts, switchboard) as machine:
-        function = PciFunction(machine, "v0")
-        function.enable(0, 2)
-        function.enable_msix(2, TABLE, HERE_ADDRESS, VECTORS)
-        machine.fill(HERE_ADDRESS, 4 * VECTORS, 0)
-        for vector in range(VECTORS):
-            machine.put(function.bar(0) + RING, vector)
-        expected = b"".join((vector + 1).to_bytes(4, "little") for vector in range(VECTORS))
-        assert eventually(lambda: machine.read(HERE_ADDRESS, 4 * VECTORS) == expected)
+        assert_all_vectors_arrive(machine)
+
+
+def assert_all_vectors_arrive(machine: BusMachine) -> None:
+    function = PciFunction(machine, "v0")
+    function.enable(0, 2)
+    function.enable_msix(2, TABLE, HERE_ADDRESS, VECTORS)
+    machine.fill(HERE_ADDRESS, 4 * VECTORS, 0)
+    for vector in range(VECTORS):
+        machine.put(function.bar(0) + RING, vector)
+    expected = b"".join((vector + 1).to_bytes(4, "little") for vector in range(VECTORS))
+    assert eventually(lambda: machine.read(HERE_ADDRESS, 4 * VECTORS) == expected)
+
+
+def test_qemu_uses_devices_of_a_server_in_the_manner_of_libvfio_user(
+    vfio_user_parts: GuestParts, tmp_path: Path
+) -> None:
+    manner = ("--compat", "libvfio-user")
+    with (
+        Serving(SWITCHBOARD, tmp_path / "switchboard", *manner) as switchboard,
+        Serving(BELL, tmp_path / "bell", *manner) as bell,
+        start(vfio_user_parts, switchboard, bell, shared_memory=False) as machine,
+    ):
+        assert_all_vectors_arrive(machine)
+        function = PciFunction(machine, "v1")
+        function.enable(1)
+        bell.pause()
+        machine.put(function.bar(1), 11)
+        assert machine.get(function.bar(1)) == 11
+        bell.go_on()
+        assert machine.finish() == 0
+        assert machine.said == ""
 
 
 def test_a_vector_that_is_masked_comes_when_it_is_unmasked(
