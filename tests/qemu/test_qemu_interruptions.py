@@ -37,7 +37,13 @@ SIZE = 256 << 10
 SEEDS = {"source": 1, "target": 101}
 PATIENCE_S = 30.0
 #: 1 KB may be left for the switch, and the device offers none of its memory before it.
-NEVER = {"avail-switchover-bandwidth": 1 << 20, "downtime-limit": 1}
+NEVER = {
+    "avail-switchover-bandwidth": 1 << 20,
+    "downtime-limit": 1,
+    # Memory that is all sent within the first 100 ms is all that QEMU 10 waits for: it knows no
+    # limit yet to compare with, and does not ask the device how much it still has.
+    "max-bandwidth": 1 << 20,
+}
 
 
 class Phase(NamedTuple):
@@ -91,8 +97,13 @@ class Held:
         if self.phase.side:
             guest = self.source if self.phase.side == "source" else self.target
             await_that(lambda: ["holding"] in guest.notes(0))
+            if self.phase is TARGET_SETUP:
+                # A target begins with its devices before anything of the source's has come.
+                await_that(lambda: "PRE_COPY" in self.source.states_of(0))
         elif self.phase is PRE_COPY:
             self.source.wait_request("vfio0:saving", "ENOMSG")
+            # QEMU 10 stays and waits for ever if its peer goes before it has read a word.
+            await_that(lambda: "RESUMING" in self.target.states_of(0))
         elif self.phase.pauses:
             self.source.qmp.wait_event("MIGRATION", lambda data: data["status"] == self.phase.name)
         else:
@@ -157,6 +168,9 @@ class Cancelled(NamedTuple):
     wakes: list[str]
 
 
+#: How a migration that was cancelled may end: a cancel that meets a write to the target is told as
+#: the failure of that write.
+GIVEN_UP = {"cancelled", "failed"}
 P2P_WAKES = ["RUNNING_P2P", "RUNNING"]
 CANCELS = [
     Cancelled(SETUP, 1, ["RUNNING"]),
@@ -179,7 +193,7 @@ def test_a_source_that_cancels_runs_on_with_what_its_device_had(
         source, target = held.source, held.target
         held.await_phase()
         cancel(held)
-        assert wait_settled(source.qmp, timeout=PATIENCE_S) == "cancelled"
+        assert wait_settled(source.qmp, timeout=PATIENCE_S) in GIVEN_UP
         source.wait_status("running")
         await_that(lambda: descriptors_of(source) == held.before[source])
         if cancelled.phase is WAKING:
@@ -211,10 +225,10 @@ def test_a_cancel_during_the_switch_is_obeyed_or_comes_too_late(
         cancel(held)
         # QEMU hears it when the device goes on, and then all goes quickly.
         status = wait_settled(source.qmp, timeout=PATIENCE_S)
-        source.wait_status({"cancelled": "running", "completed": "postmigrate"}[status])
+        source.wait_status("running" if status in GIVEN_UP else "postmigrate")
         await_that(lambda: descriptors_of(source) == held.before[source])
         runs = runs_or_has_ended(target)
-        assert runs or (status, target.wait()) == ("cancelled", 1)
+        assert runs or (status in GIVEN_UP and target.wait() == 1)
         assert source.finish() == 0
     for guest in (source, target):
         assert guest.resets(0) == 1  # the machine's start
