@@ -227,8 +227,9 @@ def percentages(text: str) -> list[int]:
 
 @pytest.mark.parametrize(
     ("options", "steps"),
-    # Rewritten faster than it is read, so what is left grows all the time.
-    [(["--size", "64M", "--dirty", "100G"], 4), (["--size", "64M", "--dialect", "v6"], 2)],
+    # Rewritten faster than it is read, so what is left grows all the time. How often that is told
+    # depends on who gets the processor; the beginning, the end and a step between are certain.
+    [(["--size", "64M", "--dirty", "100G"], 3), (["--size", "64M", "--dialect", "v6"], 2)],
     ids=["landed", "v6"],
 )
 def test_on_a_terminal_a_bar_runs_forward_to_the_end(
