@@ -85,7 +85,8 @@ class Migf(ABC):
         self.dead = False
         self.moved = 0  # bytes, for accounts
         self._on_fatal = on_fatal
-        self._condition = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._queue: deque[Transfer] = deque()
         self._thread: threading.Thread | None = None
         self._watchers: list[Callable[[], None]] = []
@@ -101,7 +102,7 @@ class Migf(ABC):
 
     def submit(self, transfer: Transfer) -> None:
         """Take a read or write; ``transfer.finish`` is called now or later."""
-        with self._condition:
+        with self._lock:
             result = -errno.ENODEV if self.dead else self._at_once_locked(transfer)
             if result is None:
                 try:

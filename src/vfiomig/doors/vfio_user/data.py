@@ -52,15 +52,15 @@ class StateData:
         self.line = line
         self.tells_end = tells_end
         self.pads = pads
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        #: Tells, under the lock, that a further transfer may begin.
+        self._room = threading.Condition(self._lock)
         self._pending: dict[ReadTransfer | WriteTransfer, Migf] = {}
         self._spare: bytearray | None = None
 
     def read(self, migf: Migf, request: Request, size: int) -> None:
         """Answer MIG_DATA_READ, now or later."""
-        transfer = ReadTransfer(self, request, size)
-        self._begin(transfer, migf)
-        migf.submit(transfer)
+        self._submit(ReadTransfer(self, request, size), migf)
 
     def write(self, migf: Migf, request: Request, size: int) -> None:
         """Answer MIG_DATA_WRITE, now or later; its bytes are out of the socket afterwards."""
@@ -68,16 +68,24 @@ class StateData:
             request.data = self.line.data_of(request)
             self.line.lend()
         transfer = WriteTransfer(self, request, size)
-        self._begin(transfer, migf)
-        migf.submit(transfer)
-        transfer.settle()
+        self._submit(transfer, migf)
+        if transfer.in_socket:
+            transfer.settle()
 
-    def _begin(self, transfer: ReadTransfer | WriteTransfer, migf: Migf) -> None:
-        with self._changed:
-            while not self._changed.wait_for(lambda: len(self._pending) < PENDING, LOOK):
-                if self.line.hung_up:
+    def _submit(self, transfer: ReadTransfer | WriteTransfer, migf: Migf) -> None:
+        """Hand a transfer in, and note it if it is not answered at once."""
+        if len(self._pending) >= PENDING:
+            self._wait_for_room()
+        migf.submit(transfer)
+        with self._lock:
+            if not transfer.answered:
+                self._pending[transfer] = migf
+
+    def _wait_for_room(self) -> None:
+        with self._lock:
+            while len(self._pending) >= PENDING:
+                if not self._room.wait(LOOK) and self.line.hung_up:
                     raise ClientGone("it left while the device was at its transfers")
-            self._pending[transfer] = migf
 
     def give_up(self) -> None:
         """Take back what waits: the client has gone."""
@@ -86,15 +94,17 @@ class StateData:
 
     def answered(self, transfer: ReadTransfer | WriteTransfer, buffer: bytearray | None) -> None:
         """Note that a transfer has its answer, and keep its buffer for another."""
-        with self._changed:
-            del self._pending[transfer]
+        with self._lock:
+            transfer.answered = True
+            if self._pending:
+                self._pending.pop(transfer, None)
+                self._room.notify()
             if buffer is not None:
                 self._spare = buffer
-            self._changed.notify_all()
 
     def buffer(self, size: int) -> bytearray:
         """Return a buffer of ``size`` bytes or more."""
-        with self._changed:
+        with self._lock:
             spare, self._spare = self._spare, None
         return spare if spare is not None and len(spare) >= size else bytearray(size)
 
@@ -102,13 +112,14 @@ class StateData:
 class ReadTransfer:
     """``core.transfer.Transfer`` of a MIG_DATA_READ."""
 
-    __slots__ = ("_buffer", "_data", "_request", "_sent", "size")
+    __slots__ = ("_buffer", "_data", "_request", "_sent", "answered", "size")
 
     def __init__(self, data: StateData, request: Request, size: int) -> None:
         self._data = data
         self._request = request
         self._buffer: bytearray | None = None
         self._sent = False
+        self.answered = False
         self.size = size
 
     def move(self, view: memoryview, done: int) -> int:
@@ -148,13 +159,14 @@ class WriteTransfer:
     """``core.transfer.Transfer`` of a MIG_DATA_WRITE."""
 
     __slots__ = (
-        "_answered",
         "_buffer",
         "_data",
         "_here",
-        "_in_socket",
+        "_lock",
         "_progress",
         "_request",
+        "answered",
+        "in_socket",
         "size",
     )
 
@@ -162,31 +174,36 @@ class WriteTransfer:
         self._data = data
         self._request = request
         self._here = request.data
-        self._in_socket = size - len(request.data)
-        #: Guards the two above, and tells that they changed or that the answer is there.
-        self._progress = threading.Condition()
-        self._answered = False
+        #: How many of its bytes have not been received.
+        self.in_socket = size - len(request.data)
+        #: Guards the two above, the buffer and the answer.
+        self._lock = threading.Lock()
+        self.answered = False
+        #: Made by whoever waits for them to change, which is rare and not worth one per message.
+        self._progress: threading.Condition | None = None
         self._buffer: bytearray | None = None
         self.size = size
 
     def move(self, view: memoryview, done: int) -> int:  # noqa: ARG002 - bytes come in their order
-        with self._progress:
-            moved = min(len(self._here), len(view))
-            view[:moved] = self._here[:moved]
-            self._here = self._here[moved:]
-            moved += self._receive(view[moved : moved + self._in_socket])
-            self._progress.notify_all()
+        with self._lock:
+            here = self._here
+            moved = min(len(here), len(view))
+            view[:moved] = here[:moved]
+            self._here = here[moved:]
+            moved += self._receive(view[moved : moved + self.in_socket])
+            if self._progress is not None:
+                self._progress.notify()
         return moved
 
     def _receive(self, view: memoryview) -> int:
         """Receive all of ``view``, less if the client goes."""
-        at = 0
+        line, at = self._data.line, 0
         try:
             while at < len(view):
-                at += self._data.line.receive_into(view[at:])
+                at += line.receive_into(view[at:])
         except ClientGone:
-            self._data.line.hang_up()
-        self._in_socket -= at
+            line.hang_up()
+        self.in_socket -= at
         return at
 
     def settle(self) -> None:
@@ -194,20 +211,22 @@ class WriteTransfer:
 
         What nobody wants any more is dropped with the next message.
         """
-        with self._progress:
-            while self._in_socket and not self._answered:
-                left = self._in_socket
+        with self._lock:
+            self._progress = threading.Condition(self._lock)
+            while self.in_socket and not self.answered:
+                left = self.in_socket
                 self._progress.wait(SOON)
-                if self._in_socket == left and not self._answered:
+                if self.in_socket == left and not self.answered:
                     self._stage()
+            self._progress = None
 
     def _stage(self) -> None:
         self._buffer = self._data.buffer(self.size)
         view = memoryview(self._buffer)
         size = len(self._here)
         view[:size] = self._here
-        size += self._receive(view[size : size + self._in_socket])
-        self._in_socket = 0
+        size += self._receive(view[size : size + self.in_socket])
+        self.in_socket = 0
         self._here = view[:size]
 
     def finish(self, result: int) -> None:
@@ -217,7 +236,7 @@ class WriteTransfer:
         else:
             # Of a write that is taken in part load() has not wanted the rest, and will not.
             line.send(line.wire.error(self._request, errno.ENOMEM if result >= 0 else -result))
-        with self._progress:
-            self._answered = True
-            self._progress.notify_all()
-        self._data.answered(self, self._buffer)
+        with self._lock:
+            self._data.answered(self, self._buffer)
+            if self._progress is not None:
+                self._progress.notify()

@@ -225,7 +225,7 @@ class Line:
         """Return the next message, receiving bytes if there is none; nothing if it needs more."""
         wire = self.wire
         try:
-            if not wire.between_messages and (message := wire.next()) is not None:
+            if (message := wire.next()) is not None:
                 return message
             if deadline is not None and not poll_until(self._socket, select.POLLIN, deadline):
                 return None

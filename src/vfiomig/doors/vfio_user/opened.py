@@ -82,8 +82,9 @@ class Opened:
 
     def session(self, kind: SessionKind) -> Migf:
         """Return the session for a transfer: EBADF if it is one of the other direction."""
-        migf = self._require_session()
-        if migf.kind is not kind:
+        migf = self.migf
+        if migf is None or migf.kind is not kind:
+            migf = self._require_session()
             raise OSError(errno.EBADF, f"the session is one of {migf.kind.name}")
         return migf
 
