@@ -1,6 +1,6 @@
 """QEMU on the older path: groups, a container and the type1 IOMMU, as before iommufd.
 
-QEMU looks a device up in sysfs to find its group, so it is given a made one (``sysfsdev``).
+QEMU looks a device up in sysfs to find its group, or its character device.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from made_sysfs import Made, make_sysfs
 from qemu_pair import FIRMWARE_ONLY, SWITCH_AT_ONCE, VfioGuest, witnessed
 from qemu_states import SOURCE_STATES, TARGET_STATES, machine_starts, machine_stops
 from vfiomig.qemu.guest import Guest
@@ -28,20 +27,30 @@ SIZE = 16 << 20
 BLOCKS = 64
 
 
-def group_words(folder: Path, count: int, options: str = "") -> tuple[str, ...]:
+def group_words(count: int, options: str = "", named: str = "host=") -> tuple[str, ...]:
     """QEMU's words for the devices of the first ``count`` groups."""
-    names = [f"0000:{number + 1:02x}:00.0" for number in range(count)]
-    rows = (Made(name, "vfio-pci", f"vfio{n}", str(n)) for n, name in enumerate(names))
-    devices = make_sysfs(folder, *rows) / "bus/pci/devices"
-    words = (f"vfio-pci,id=v{n},sysfsdev={devices}/{name}" for n, name in enumerate(names))
+    words = (f"vfio-pci,id=v{n},{named}0000:{n + 1:02x}:00.0" for n in range(count))
     return tuple(part for word in words for part in ("-device", word + options))
 
 
-def test_a_guest_uses_a_disk_that_came_out_of_a_group(parts: GuestParts, tmp_path: Path) -> None:
+#: How a device is named, and requests by which QEMU reaches it then.
+BY_GROUP = ("VFIO_GROUP_SET_CONTAINER", "VFIO_SET_IOMMU", "VFIO_IOMMU_MAP_DMA")
+BY_NODE = ("VFIO_DEVICE_BIND_IOMMUFD", "IOMMU_IOAS_MAP")
+IOMMUFD = ("-object", "iommufd,id=memory")
+WAYS = {
+    "host": (group_words(1), BY_GROUP),
+    "sysfsdev": (group_words(1, named="sysfsdev=/sys/bus/pci/devices/"), BY_GROUP),
+    "iommufd": ((*IOMMUFD, *group_words(1, ",iommufd=memory")), BY_NODE),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_guest_uses_a_disk_that_sysfs_led_to(parts: GuestParts, tmp_path: Path, way: str) -> None:
     disk, trace = tmp_path / "disk", tmp_path / "trace"
     with disk.open("wb") as file:
         file.truncate(SIZE)
-    machine = parts.machine(*group_words(tmp_path / "sys", 1))
+    words, asked = WAYS[way]
+    machine = parts.machine(*words)
     launcher = run_words([f"virtio_blk,path={disk}"], "--trace", str(trace))
     with Guest(parts.qemu, machine, launcher=launcher) as guest:
         guest.wait_ready()
@@ -55,9 +64,7 @@ def test_a_guest_uses_a_disk_that_came_out_of_a_group(parts: GuestParts, tmp_pat
     content = disk.read_bytes()[4096 * 100 :][: 4096 * BLOCKS]
     assert hashlib.sha256(content).hexdigest() == written
     requests = trace.read_text()
-    for request in ("VFIO_GROUP_SET_CONTAINER", "VFIO_SET_IOMMU", "VFIO_IOMMU_MAP_DMA"):
-        assert request in requests
-    assert "BIND_IOMMUFD" not in requests
+    assert {name for name in (*BY_GROUP, *BY_NODE) if name in requests} == set(asked)
 
 
 @pytest.mark.parametrize("tracker", ["device", "container"])
@@ -71,7 +78,7 @@ def test_devices_of_groups_arrive_by_the_same_states(
     guests = []
     for name, seed, dirty in (("source", 1, 1 << 18), ("target", 101, 0)):
         specs = [witnessed(**keys, seed=seed + n, dirty=dirty) for n in range(2)]
-        words = group_words(tmp_path / f"{name}-sys", 2, options)
+        words = group_words(2, options)
         machine = replace(FIRMWARE_ONLY, extra=words)
         incoming = name == "target"
         guests.append(

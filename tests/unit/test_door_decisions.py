@@ -21,6 +21,7 @@ from vfiomig.doors.syscall.notify import ERESTARTSYS
 from vfiomig.doors.syscall.opened import DeviceOpen, IommufdOpen, Table, link_of
 from vfiomig.doors.syscall.paths import DevTree, join
 from vfiomig.doors.syscall.receivers import Receivers, Turn
+from vfiomig.doors.syscall.standin import StandIn
 from vfiomig.doors.syscall.transfer import MAX_RW_COUNT, buffers
 
 if TYPE_CHECKING:
@@ -90,13 +91,13 @@ def test_where_device_nodes_cannot_be_made_a_listing_has_plain_files(
         raise PermissionError
 
     monkeypatch.setattr(os, "mknod", refuse)
-    tree = DevTree(["vfio0", "vfio1"])
-    with tree.open_folder("/dev/vfio/devices") as folder:
+    stand_in = StandIn(DevTree(["vfio0", "vfio1"]).fill)
+    with stand_in.open("/dev/vfio/devices") as folder:
         assert sorted(os.listdir(folder.fileno())) == ["vfio0", "vfio1"]
         link = os.readlink(f"/proc/self/fd/{folder.fileno()}")
-    assert tree.name_of(link) == "/dev/vfio/devices"
-    assert tree.name_of("/etc") == "/etc"
-    tree.close()
+    assert stand_in.name_of(link) == "/dev/vfio/devices"
+    assert stand_in.name_of("/etc") == "/etc"
+    stand_in.close()
     assert not os.path.lexists(link)
 
 

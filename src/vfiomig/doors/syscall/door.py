@@ -56,6 +56,8 @@ from vfiomig.doors.syscall.pathcalls import PathCalls
 from vfiomig.doors.syscall.paths import DevTree
 from vfiomig.doors.syscall.readiness import DataPipe
 from vfiomig.doors.syscall.receivers import Receivers, Turn
+from vfiomig.doors.syscall.standin import StandIn
+from vfiomig.doors.syscall.sysfs import SysTree
 from vfiomig.doors.syscall.transfer import CallTransfer
 from vfiomig.errors import DoorError, PrerequisiteError
 from vfiomig.fsm import SessionKind
@@ -117,6 +119,8 @@ class Door:
         self.table = Table(self._refused)
         self.closing = Closing()
         self.tree = DevTree([device.name for device in devices])
+        self.sysfs = SysTree(self.groups, self.tree)
+        self.stand_in = StandIn(self.tree.fill, self.sysfs.fill)
         self._trace = trace
         self._first_data_fd = first_data_fd
         self._choosing_fd = threading.Lock()
@@ -160,7 +164,7 @@ class Door:
         self._last_close.close()
         self._wake.close()
         self._work.close()
-        self.tree.close()
+        self.stand_in.close()
 
     def start(self, listener: Listener) -> None:
         """Have calls answered from here on, until no process is left that could make one."""

@@ -5,7 +5,8 @@ Theory of operation
 A path that is not ours goes on to the kernel. Ours are found by name, from the program's working
 directory or the folder that the call names, and through /proc/self/fd: opening that is opening
 the device anew, as it is for a device of the kernel. Links elsewhere that lead to us are not
-followed.
+followed. What is ours in sysfs is a real file under another name (standin.py), which the call is
+about then.
 
 Opening puts a placeholder into the program's table, gives up the copy of this process and only
 then answers the call: nobody but the program can delay its last close.
@@ -16,10 +17,12 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from typing import TYPE_CHECKING, Final
 
 from vfiomig.abi.ioctls import FdKind
 from vfiomig.abi.syscalls import X86_64
+from vfiomig.doors.syscall.about import About
 from vfiomig.doors.syscall.answers import CARRY_ON, HELD
 from vfiomig.doors.syscall.opened import (
     ContainerOpen,
@@ -74,6 +77,8 @@ class PathCalls:
     def __init__(self, door: Door) -> None:
         self._door = door
         self._tree = door.tree
+        self._sysfs = door.sysfs
+        self._stand_in = door.stand_in
 
     def handlers(self) -> dict[int, Handler]:
         """Position of the directory (if any) and of the path, for each call."""
@@ -119,7 +124,7 @@ class PathCalls:
                 return CARRY_ON
             if turn.line is not None:
                 turn.line.about_path(path)
-            self._check(path, named or "")
+            self._check(path, named or "", follow=not _looks_at_link(call))
             self._door.settle(turn, self._tree.device(path))
             return action(call, turn, path)
 
@@ -132,11 +137,31 @@ class PathCalls:
             if base is None:
                 return None
             named = f"{base}/{named}"
-        path = join("/", named)
+        path = self._walk(named)
         match = TO_DESCRIPTOR.fullmatch(path)
         if match is not None:
             return self._through_descriptor(call, match)
-        return path if self._tree.has(path) or path.startswith(f"{VFIO}/") else None
+        return path if self._has(path) or path.startswith(f"{VFIO}/") else None
+
+    def _walk(self, named: str) -> str:
+        """Put a path together; ``..`` behind a link of ours leaves where that leads to."""
+        if ".." not in named:
+            return join("/", named)
+        path = "/"
+        for part in named.split("/"):
+            if part == ".." and self._sysfs.has(path):
+                path = self._stand_in.name_of(os.path.realpath(self._stand_in.path(path)))
+            path = join(path, part)
+        return path
+
+    def _has(self, path: str) -> bool:
+        return self._tree.has(path) or self._sysfs.has(path)
+
+    def _about(self, path: str, *, follow: bool = True) -> About:
+        """Tell of a path of ours; links of sysfs lead to what is ours as well."""
+        if self._tree.has(path):
+            return self._tree.about(path)
+        return About.of(os.stat(self._stand_in.path(path), follow_symlinks=follow))
 
     def _base(self, call: Notification, directory: int | None) -> str | None:
         """Name the folder in which a relative path begins."""
@@ -145,7 +170,7 @@ class PathCalls:
             link = os.readlink(f"/proc/{call.tid}/" + ("cwd" if fd == AT_FDCWD else f"fd/{fd}"))
         except OSError:
             return None
-        return self._tree.name_of(link)
+        return self._stand_in.name_of(link)
 
     def _through_descriptor(self, call: Notification, match: re.Match[str]) -> str | None:
         if _looks_at_link(call):
@@ -167,21 +192,22 @@ class PathCalls:
             return f"{VFIO}/{opened.number}"
         if isinstance(opened, ContainerOpen | IommufdOpen):
             return CONTAINER if isinstance(opened, ContainerOpen) else IOMMU
-        if isinstance(opened, DataOpen) or not self._tree.is_made:
+        if isinstance(opened, DataOpen) or not self._stand_in.is_made:
             return None
         try:
-            path = self._tree.name_of(os.readlink(f"/proc/{tid}/fd/{fd & LOW}"))
+            path = self._stand_in.name_of(os.readlink(f"/proc/{tid}/fd/{fd & LOW}"))
         except OSError:
             return None
-        return path if self._tree.has(path) else None
+        return path if self._has(path) else None
 
-    def _check(self, path: str, named: str) -> None:
+    def _check(self, path: str, named: str, *, follow: bool) -> None:
         """Refuse what is not there: the real machine's devices are not this program's."""
-        if not self._tree.has(path):
+        if not self._has(path):
             above = os.path.dirname(path)
             is_below = self._tree.has(above) and not self._tree.is_folder(above)
             raise OSError(errno.ENOTDIR if is_below else errno.ENOENT, path)
-        if named.endswith(("/", "/.")) and not self._tree.is_folder(path):
+        about = self._about(path, follow=follow)
+        if named.endswith(("/", "/.")) and not stat.S_ISDIR(about.mode):
             raise OSError(errno.ENOTDIR, path)
 
     # Opening.
@@ -201,16 +227,18 @@ class PathCalls:
     def _do_open(self, call: Notification, turn: Turn, path: str, flags: int) -> Answer:
         if flags & os.O_CREAT and flags & os.O_EXCL and not flags & os.O_PATH:
             raise OSError(errno.EEXIST, path)
-        is_folder = self._tree.is_folder(path)
+        is_folder = stat.S_ISDIR(self._about(path).mode)
         if flags & os.O_DIRECTORY and not is_folder:
             raise OSError(errno.ENOTDIR, path)
         if flags & os.O_PATH:
             # A mere handle cannot be put into another table: an open that is never used is nearest.
-            flags = os.O_RDONLY | flags & os.O_CLOEXEC
-        if is_folder:
-            if flags & (os.O_CREAT | os.O_ACCMODE):
-                raise OSError(errno.EISDIR, path)
-            fd = self._tree.open_folder(path)
+            flags = os.O_RDONLY | flags & (os.O_CLOEXEC | os.O_NOFOLLOW)
+        if is_folder and flags & (os.O_CREAT | os.O_ACCMODE):
+            raise OSError(errno.EISDIR, path)
+        if is_folder or not self._tree.has(path):
+            if flags & os.O_ACCMODE:
+                raise OSError(errno.EACCES, f"{path} cannot be written")
+            fd = self._stand_in.open(path, flags & os.O_NOFOLLOW)
         else:
             # The odd mode 3 opens for requests only; reading is not missed where it changes nothing.
             mode = flags & os.O_ACCMODE
@@ -238,7 +266,10 @@ class PathCalls:
             mode = call.args[position] & LOW
             if mode & ~(os.R_OK | os.W_OK | os.X_OK):
                 raise OSError(errno.EINVAL, "mode")
-            if mode & os.X_OK and not self._tree.is_folder(path):
+            refused = 0 if stat.S_ISDIR(self._about(path).mode) else os.X_OK
+            if not self._tree.has(path):
+                refused |= os.W_OK
+            if mode & refused:
                 raise OSError(errno.EACCES, path)
             return 0
 
@@ -246,13 +277,15 @@ class PathCalls:
 
     def _stat(self, position: int) -> Action:
         def action(call: Notification, _turn: Turn, path: str) -> Answer:
-            ProcessMemory(call.tid).write(call.args[position], self._tree.stat(path))
+            about = self._about(path, follow=not _looks_at_link(call))
+            ProcessMemory(call.tid).write(call.args[position], about.stat())
             return 0
 
         return action
 
     def _statx(self, call: Notification, _turn: Turn, path: str) -> Answer:
-        ProcessMemory(call.tid).write(call.args[4], self._tree.statx(path))
+        about = self._about(path, follow=not _looks_at_link(call))
+        ProcessMemory(call.tid).write(call.args[4], about.statx())
         return 0
 
     def _fstat(self, call: Notification, turn: Turn) -> Answer:
@@ -264,12 +297,14 @@ class PathCalls:
         return self._stat(1)(call, turn, path)
 
     def _readlink(self, position: int) -> Action:
-        """Read what /proc/self/fd/N links to; nothing else of ours is a link."""
+        """Read what /proc/self/fd/N links to, or a link of sysfs: no other path of ours is one."""
 
         def action(call: Notification, _turn: Turn, path: str) -> Answer:
             named = read_path(ProcessMemory(call.tid), call.args[position - 1]) or ""
             if "/fd/" not in named:
-                raise OSError(errno.EINVAL, f"{path} is no symbolic link")
+                if self._tree.has(path):
+                    raise OSError(errno.EINVAL, f"{path} is no symbolic link")
+                path = os.readlink(self._stand_in.path(path))
             size = call.args[position + 1] & LOW
             if not 0 < size <= LOW >> 1:
                 raise OSError(errno.EINVAL, "size of the buffer")

@@ -1,8 +1,7 @@
 """/dev/vfio with its devices, groups and container, and /dev/iommu, where there are none.
 
-What stat says of them is made up here, of the folders as well. A listing is a real directory, so
-that the program's own readdir works on it: it is made, under a temporary name, when the program
-first opens a folder, and its entries are device nodes that open nothing. A descriptor of it is recognized by where it leads.
+What stat says of them is made up here, of the folders as well. What is listed of them are device
+nodes that open nothing (standin.py).
 """
 
 from __future__ import annotations
@@ -10,20 +9,17 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-import struct
-import tempfile
-import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfiomig.abi.ioctls import FdKind
-from vfiomig.descriptors import Fd
+from vfiomig.doors.syscall.about import About
 from vfiomig.memory import MemoryFault
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from vfiomig.memory import ProcessMemory
 
@@ -48,17 +44,11 @@ PATH_MAX = 4096
 #: Bytes that tell nearly every path from one of ours.
 FIRST_LOOK = 64
 #: What a path of ours, or one that leads to a descriptor of ours, contains.
-WORDS = (b"vfio", b"iommu", b"/fd/", b"/dev/std")
+WORDS = (b"vfio", b"iommu", b"pci", b"/fd/", b"/dev/std")
 
 MAJOR: Final = 510  # of the local and experimental range
 FIRST_GROUP: Final = 0x400  # minor number
 FILE_SYSTEM: Final = os.makedev(0, 0x5646)
-STATX_BASIC_STATS: Final = 0x7FF
-_STAT = struct.Struct("<QQQIIIIQqqq6Q24x")  # struct stat of x86-64
-#: struct statx up to its first timestamp, a timestamp, and the device numbers behind the four.
-_STATX_HEAD = struct.Struct("<IIQIIIHHQQQQ")
-_STATX_TIME = struct.Struct("<qI4x")
-_STATX_DEVICES = struct.Struct("<IIII")
 
 
 class Node(NamedTuple):
@@ -87,17 +77,6 @@ class DevTree:
         paths = (VFIO, DEVICES, *self._nodes, ANONYMOUS)
         self._inodes = {path: inode for inode, path in enumerate(paths, start=2)}
         self._made = time.time_ns()
-        self._lock = threading.Lock()
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
-
-    def close(self) -> None:
-        if self._directory is not None:
-            self._directory.cleanup()
-
-    @property
-    def is_made(self) -> bool:
-        """Whether there is a real directory, to which descriptors could lead."""
-        return self._directory is not None
 
     def has(self, path: str) -> bool:
         return path in self._inodes
@@ -115,37 +94,17 @@ class DevTree:
     def is_folder(self, path: str) -> bool:
         return path in {VFIO, DEVICES}
 
-    def open_folder(self, path: str) -> Fd:
-        """Open the real directory that stands for a folder."""
-        return Fd(os.open(self._root() + path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-
-    def name_of(self, link: str) -> str:
-        """Return the path of ours that a path of the real directory stands for, or ``link``."""
-        if self._directory is None or not link.startswith(self._directory.name):
-            return link
-        return link[len(self._directory.name) :] or "/"
-
-    def stat(self, path: str) -> bytes:
-        """Return ``struct stat``: a directory, or a character device that only its owner uses."""
-        mode, links, rdev = self._mode(path)
+    def about(self, path: str) -> About:
+        """Tell of a directory, or of a character device that only its owner uses."""
+        mode, links, node = self._mode(path)
         owner = os.geteuid(), os.getegid()
-        times = divmod(self._made, 10**9) * 3
-        inode = self._inodes[path]
-        return _STAT.pack(FILE_SYSTEM, inode, links, mode, *owner, 0, rdev, 0, 4096, 0, *times)
+        return About(mode, links, self._inodes[path], FILE_SYSTEM, self._made, owner, node)
 
-    def statx(self, path: str) -> bytes:
-        """Return ``struct statx`` with the basic fields."""
-        mode, links, rdev = self._mode(path)
-        owner = os.geteuid(), os.getegid()
-        head = _STATX_HEAD.pack(
-            STATX_BASIC_STATS, 4096, 0, links, *owner, mode, 0, self._inodes[path], 0, 0, 0
-        )
-        made = _STATX_TIME.pack(*divmod(self._made, 10**9))
-        numbers = (os.major(rdev), os.minor(rdev), os.major(FILE_SYSTEM), os.minor(FILE_SYSTEM))
-        # Access, birth (which is not among the basic fields), change, modification.
-        return (head + made + bytes(16) + made + made + _STATX_DEVICES.pack(*numbers)).ljust(
-            256, b"\0"
-        )
+    def fill(self, root: Path) -> None:
+        """Make the folders below ``root``, and what is listed in them."""
+        (root / DEVICES[1:]).mkdir(parents=True)
+        for path in self._nodes:
+            _make_node(root / path[1:])
 
     def _mode(self, path: str) -> tuple[int, int, int]:
         """Mode, number of links and device number."""
@@ -156,24 +115,14 @@ class DevTree:
         node = self._nodes[path]
         return node.mode, 1, node.device
 
-    def _root(self) -> str:
-        with self._lock:
-            if self._directory is None:
-                directory = tempfile.TemporaryDirectory(prefix="vfiomig-dev-")
-                Path(directory.name + DEVICES).mkdir(parents=True)
-                for path in self._nodes:
-                    _make_node(directory.name + path)
-                self._directory = directory
-            return self._directory.name
 
-
-def _make_node(path: str) -> None:
+def _make_node(path: Path) -> None:
     """Make an entry that readdir calls a character device, or at least an entry."""
     # The number 0:0 (a whiteout) is the one that needs no privilege; it opens nothing.
     with suppress(PermissionError):
         os.mknod(path, stat.S_IFCHR | 0o600, 0)
         return
-    Path(path).touch(0o600)
+    path.touch(0o600)
 
 
 def read_path(memory: ProcessMemory, address: int) -> str | None:
