@@ -20,7 +20,7 @@ OLD = r"""
 #define NAME "0000:01:00.0"
 static int container, group;
 
-static void open_group(int number)
+UNUSED static void open_group(int number)
 {
     char path[32];
     container = open("/dev/vfio/vfio", O_RDWR | O_CLOEXEC);
@@ -164,6 +164,43 @@ def test_copies_that_went_elsewhere_keep_everything(tmp_path: Path) -> None:
     }
     """
     assert serve([Plain(4096)], [build(tmp_path, OLD + body)]) == 0
+
+
+def test_an_iommufd_stands_for_a_container(tmp_path: Path) -> None:
+    body = r"""
+    int main(void)
+    {
+        int iommu = open("/dev/iommu", O_RDWR);
+        group = open("/dev/vfio/0", O_RDWR);
+        container = open("/dev/null", O_RDWR);
+        FAILS(ioctl(group, 0x3B68, &container), EBADFD);
+        IS(ioctl(iommu, 0x3B64), 0);
+        IS(ioctl(iommu, 0x3B65, 3), 1);
+        FAILS(ioctl(iommu, 0x3B66, 3), ENODEV);
+        CHECK(!ioctl(group, 0x3B68, &iommu));
+        CHECK(!ioctl(iommu, 0x3B66, 3));
+        char *memory = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        struct { uint32_t argsz, flags; uint64_t vaddr, iova, size; } map =
+            { 32, 3, (uintptr_t)memory, 0x100000, 4096 };
+        CHECK(!ioctl(iommu, 0x3B71, &map));
+        close(iommu);                           /* the group keeps it */
+        int device = device_of_group(NAME);
+        uint16_t command = 6;
+        CHECK(pwrite(device, &command, 2, BAR0 + (7ull << 40) + 4) == 2);
+        await_rounds(device, 3);
+        close(group);
+        await_rounds(device, 1);
+        return 0;
+    }
+    """
+    device = Worker()
+    out = io.StringIO()
+    devices = served(device)
+    trace = Trace(out, devices, as_json=True)
+    assert serve(devices, [build(tmp_path, WAIT + OLD + body)], trace=trace) == 0
+    device.check()
+    names = {json.loads(line)["request"] for line in out.getvalue().splitlines()}
+    assert {"VFIO_CHECK_EXTENSION(3)", "VFIO_SET_IOMMU(3)", "VFIO_IOMMU_MAP_DMA()"} <= names
 
 
 @pytest.mark.parametrize("end", ["exit", "kill", "unmap"])

@@ -202,9 +202,13 @@ def find_feature(index: int, dialect: Dialect) -> Feature | None:
 def request_name(kind: FdKind | None, number: int) -> str:
     """Name a request for a trace, in whatever dialect; an unknown one is its number.
 
-    With no kind every request of that number is named, joined by a bar.
+    With no kind every request of that number is named, joined by a bar. An iommufd answers
+    requests of a container too, whose numbers are others than its own.
     """
-    rows = (row for row in IOCTLS if row.number == number and kind in {None, row.on})
+    kinds = set(FdKind) if kind is None else {kind}
+    if kind is FdKind.IOMMUFD:
+        kinds.add(FdKind.CONTAINER)
+    rows = (row for row in IOCTLS if row.number == number and row.on in kinds)
     return "|".join(row.name for row in rows) or f"{number:#06x}"
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vfiomig.abi import vfio
 from vfiomig.core.hwpt import BoundDevice
 from vfiomig.core.iommufd import Iommufd, read_extensible
+from vfiomig.core.vfio_compat import compat_ioas
 
 if TYPE_CHECKING:
     from vfiomig.core.caller import Caller
@@ -46,6 +47,11 @@ class Binding:
             if former is not None:
                 self._context.detach(*former, self._device)
             return self._attached[0]
+
+    def attach_compat(self) -> None:
+        """Attach to the address space that stands for a container's: ENODEV if there is none."""
+        compat_ioas(self._context)
+        self.attach(self._context.vfio_ioas)
 
     def detach(self) -> None:
         with self._lock:

@@ -7,6 +7,9 @@ descriptors of its devices; every group here holds one. Each such descriptor kee
 its last close is when all of them and its own are closed. As long as the group is open, the
 device cannot be used through its character device, and the other way round.
 
+An iommufd may be the container (vfio_compat.py): then the device is bound to it and attached while
+it is open, and not while the group is in it.
+
 The order of checks is that of drivers/vfio/group.c and, for the name, of ``vfio_pci_core_match``.
 """
 
@@ -15,12 +18,15 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeAlias
 
 from vfiomig.abi import vfio_iommu as abi
 from vfiomig.abi.ioctls import Dialect, FdKind, find
+from vfiomig.core.bind import Binding
 from vfiomig.core.caller import Caller
 from vfiomig.core.container import Container
+from vfiomig.core.iommufd import Iommufd
 
 if TYPE_CHECKING:
     from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
@@ -43,7 +49,9 @@ class Group:
         self._lock = threading.Lock()
         #: What keeps it open: its own open file, and each one of its device.
         self._holders = 0
-        self._container: Container | None = None
+        self._container: Container | Iommufd | None = None
+        #: What ties the open device to an iommufd.
+        self._binding: Binding | None = None
 
     def open(self) -> None:
         """Open the group: EBUSY if it is open, or if its device is in use by another way."""
@@ -55,6 +63,8 @@ class Group:
         """Last close of the group's own file, or of one of its device."""
         with self._lock:
             self._holders -= 1
+            if not self.device.users:
+                self._unbind_locked()
             if not self._holders:
                 self._leave_container_locked()
                 self.device.leave_group()
@@ -70,16 +80,19 @@ class Group:
         with self._lock:
             if self._container is not None:
                 raise OSError(errno.EINVAL, "the group is in a container already")
-            if not isinstance(container, Container):
+            if isinstance(container, Iommufd):
+                container.enter_group()
+            elif isinstance(container, Container):
+                container.attach(self.device.device.dma)
+            else:
                 raise OSError(errno.EBADFD, "the descriptor is no container")
-            container.attach(self.device.device.dma)
             self._container = container
 
     def unset_container(self) -> None:
         with self._lock:
             if self._container is None:
                 raise OSError(errno.EINVAL, "the group is in no container")
-            if self._holders > 1:
+            if self._holders > 1 and isinstance(self._container, Container):
                 raise OSError(errno.EBUSY, "a descriptor of the device is open")
             self._leave_container_locked()
 
@@ -92,19 +105,31 @@ class Group:
         """Open the device; see ``VfioDevice.open`` for ``memory`` and what ``start`` may refuse.
 
         Raises:
-            OSError: EINVAL before SET_CONTAINER and SET_IOMMU.
+            OSError: EINVAL before SET_CONTAINER and SET_IOMMU; ENODEV if the container is an
+                iommufd that has no address space for it.
         """
-        with self._lock:
-            if self._container is None or self._container.iommu is None:
+        with self._lock, ExitStack() as undo:
+            container = self._container
+            if container is None or (isinstance(container, Container) and container.iommu is None):
                 raise OSError(errno.EINVAL, "the group has no container, or that no IOMMU")
+            if isinstance(container, Iommufd) and self._binding is None:
+                undo.callback(self._unbind_locked)
+                self._binding = Binding(container, self.device.name, self.device.device.dma)
+                self._binding.attach_compat()
             file = self.device.open(memory, group=self)
+            undo.pop_all()
             self._holders += 1
             return file
 
+    def _unbind_locked(self) -> None:
+        if self._binding is not None:
+            self._binding.release()
+            self._binding = None
+
     def _leave_container_locked(self) -> None:
-        if self._container is not None:
+        if isinstance(self._container, Container):
             self._container.detach(self.device.device.dma)
-            self._container = None
+        self._container = None
 
 
 def _get_status(group: Group, arg: int, caller: Caller) -> int:

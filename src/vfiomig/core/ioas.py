@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 
     Request: TypeAlias = abi.IoasMap | abi.IoasMapFile | abi.IoasCopy
 
-__all__ = ("Ioas", "alloc", "allow_iovas", "copy", "iova_ranges", "map_", "map_file", "unmap")
+__all__ = (
+    "Ioas",
+    "alloc",
+    "allow_iovas",
+    "copy",
+    "iova_ranges",
+    "map_",
+    "map_file",
+    "map_user",
+    "unmap",
+)
 
 U64_MAX = (1 << 64) - 1
 FIXED = abi.IOMMU_IOAS_MAP_FIXED_IOVA
@@ -88,6 +98,11 @@ def map_(context: Iommufd, argument: abi.IoasMap, caller: Caller) -> int:
         raise OSError(errno.EOPNOTSUPP, "a reserved field is set")
     _check(argument.flags, argument.length, argument.iova)
     space = context.find(argument.ioas_id, Ioas).space
+    return map_user(context, space, argument, caller)
+
+
+def map_user(context: Iommufd, space: IoSpace, argument: abi.IoasMap, caller: Caller) -> int:
+    """Map the caller's memory into a space that has been found."""
     if not argument.length:
         raise OSError(errno.EINVAL, "an empty mapping")
     if argument.user_va + argument.length > U64_MAX:

@@ -22,6 +22,7 @@ from vfiomig.core import hwpt, ioas, iommu_options
 from vfiomig.core.caller import Caller
 from vfiomig.core.hwpt import BoundDevice, Hwpt
 from vfiomig.core.ioas import Ioas
+from vfiomig.core.vfio_compat import compat_ioctl
 from vfiomig.iommu import Backings
 from vfiomig.iommu.limits import ALIGNMENT, OF_DEVICE, OF_TABLE
 
@@ -51,7 +52,7 @@ class Iommufd:
         row = find(FdKind.IOMMUFD, number, Dialect.LANDED)
         served = SERVED.get(row.name) if row is not None else None
         if row is None or row.struct is None or served is None:
-            raise OSError(errno.ENOTTY, "no request of an iommufd")
+            return compat_ioctl(self, number, arg, caller)
         size = int.from_bytes(caller.read(arg, 4), "little")
         argument = read_extensible(row.struct, row.minsz, size, arg, caller)
         handler, responds = served
@@ -81,6 +82,12 @@ class Iommufd:
             if mode > 1:
                 raise OSError(errno.EINVAL, "for each user (0) or for each process (1)")
             self.rlimit_mode = mode
+
+    def enter_group(self) -> None:
+        """Stand for a container from here on, with an address space for its requests."""
+        with self._lock:
+            if not self.vfio_ioas:
+                self.vfio_ioas = self._add_locked(Ioas())
 
     # Objects.
 

@@ -283,6 +283,19 @@ class IoSpace:
                 log.forget(mapping.iova, mapping.length)
         return sum(mapping.length for mapping in mappings)
 
+    def cut_locked(self, iova: int) -> None:
+        """Let no mapping lie across ``iova``: one that does becomes two."""
+        mapping = self.find_locked(iova, 1)
+        if mapping is not None and mapping.iova < iova:
+            at = bisect_left(self._starts, mapping.iova)
+            self._mappings[at : at + 1] = [
+                replace(mapping, length=iova - mapping.iova),
+                replace(
+                    mapping, iova=iova, length=mapping.end - iova, address=iova + mapping.shift
+                ),
+            ]
+            self._starts.insert(at + 1, iova)
+
     def replace_locked(self, former: Mapping, new: Mapping) -> None:
         """Let a mapping, if it is still there, lead to other memory."""
         at = bisect_left(self._starts, former.iova)
