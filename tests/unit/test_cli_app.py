@@ -76,6 +76,7 @@ def run_failing(error: BaseException, verbs: tuple[Verb, ...]) -> int:
         (SpecError("no model 'x'; known: pattern"), 2, "no model 'x'; known: pattern"),
         (PrerequisiteError("this kernel is 4.19"), 2, "this kernel is 4.19"),
         (TargetError(19, "nobody serves it"), 2, "nobody serves it (ENODEV)"),
+        (TargetError(19, "x cannot be opened: ENODEV; y"), 2, "x cannot be opened: ENODEV; y"),
         (DoorError("the program is gone"), 1, "the program is gone"),
         (SessionError(19), 1, "No such device (ENODEV)"),
         (FileNotFoundError(2, "No such file", "a.json"), 2, "a.json: No such file (ENOENT)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from typing import TYPE_CHECKING
 
@@ -72,10 +73,54 @@ def test_a_device_that_does_not_start_is_a_target_that_cannot_be_opened(dialect:
     assert caught.value.errno == errno.EBUSY
 
 
+#: Folders that are there, and what is said of a node that is not.
+WITHOUT = [
+    ((), "VFIO is not there: load the driver"),
+    (("/dev/vfio",), r"no character devices of VFIO.*/dev/vfio/GROUP"),
+    (("/dev/vfio", "/dev/vfio/devices"), "look into /dev/vfio/devices"),
+]
+
+
+@pytest.mark.parametrize(("folders", "advice"), WITHOUT)
+def test_a_node_that_is_not_there_tells_how_much_of_vfio_is_missing(
+    folders: tuple[str, ...], advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "exists", lambda path: path in folders)
+    with pytest.raises(TargetError, match=advice) as caught:
+        vfiomig.open(DEVICE_PATH)
+    assert caught.value.errno == errno.ENOENT
+    assert "vfio0" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("folders", "advice"), [((), "VFIO is not there"), (("/dev/vfio",), "no such group")]
+)
+def test_a_group_that_is_not_there_is_not_asked_for_its_members(
+    folders: tuple[str, ...], advice: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os.path, "exists", lambda path: path in folders)
+    with pytest.raises(TargetError, match=f"/dev/vfio/12 cannot be opened: ENOENT.*{advice}"):
+        vfiomig.open("/dev/vfio/12", sysfs=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("target", "lists"),
+    [("0000:99:00.0", "lspci -D"), ("83b8f4f2-509f-382f-3c1e-e6bfe0fa1001", "mdevctl list")],
+)
+def test_a_name_that_sysfs_does_not_know_says_what_lists_them(
+    target: str, lists: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TargetError, match=f"{target}.*ENODEV; {tmp_path} is no sysfs"):
+        vfiomig.open(target, sysfs=tmp_path)
+    (tmp_path / "bus").mkdir()
+    with pytest.raises(TargetError, match=f"{target}.*ENODEV.*{lists}"):
+        vfiomig.open(target, sysfs=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (errno.ENOENT, "bind the PCI function"),
+        (errno.ENOTDIR, "dmesg"),
         (errno.EACCES, "chown"),
         (errno.EBUSY, "another program"),
         (errno.ENXIO, "dmesg"),
@@ -97,9 +142,16 @@ def test_a_node_that_does_not_open_says_what_to_do(
 class Kernel(OnlyRequests):
     """A transport whose device knows BIND and the probes only."""
 
-    def __init__(self, bind: int, probes: tuple[int, int], iommufd_number: int = 4) -> None:
+    def __init__(
+        self,
+        bind: int,
+        probes: tuple[int, int],
+        iommufd_number: int = 4,
+        info: int = errno.EINVAL,
+    ) -> None:
         super().__init__(iommufd_number)
         self.bind = bind
+        self.info = info
         self.probes = dict(zip((1, 2), probes, strict=True))
 
     def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
@@ -107,6 +159,8 @@ class Kernel(OnlyRequests):
         self.requests.append(number)
         if number == vfio.VFIO_DEVICE_BIND_IOMMUFD:
             failure = self.bind
+        elif number == vfio.VFIO_DEVICE_GET_INFO:
+            failure = self.info
         else:
             assert number == vfio.VFIO_DEVICE_FEATURE
             header = vfio.DeviceFeature.from_address(ctypes.addressof(argument))
@@ -157,6 +211,19 @@ def test_a_landed_kernel_without_iommufd_names_the_module() -> None:
     with pytest.raises(TargetError, match="modprobe"):
         connect(kernel, "vfio0", "/dev/iommu: modprobe iommufd")
     assert kernel.closed == [3]
+
+
+def test_a_file_that_is_no_device_is_not_taken_for_a_missing_module() -> None:
+    kernel = Kernel(0, (errno.ENOTTY, errno.ENOTTY), NO_FD, info=errno.ENOTTY)
+    with pytest.raises(TargetError, match="no VFIO device") as refused:
+        connect(kernel, "fd:0", "/dev/iommu: modprobe iommufd")
+    assert refused.value.errno == errno.ENOTTY
+
+
+def test_a_device_of_a_group_that_cannot_migrate_is_opened_without_an_iommufd() -> None:
+    kernel = Kernel(0, (errno.ENOTTY, errno.ENOTTY), NO_FD, info=0)
+    with connect(kernel, "fd:3", "no /dev/iommu") as dev:
+        assert dev.dialect is Dialect.LANDED
 
 
 def test_a_v6_kernel_needs_no_iommufd_until_memory_is_mapped() -> None:
@@ -254,6 +321,32 @@ def test_a_device_that_does_not_reset_is_closed_again() -> None:
     with pytest.raises(TargetError, match="left it in STOP, and it does not reset"):
         settle(dev)
     assert "closed" in repr(dev)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOMEM, "ulimit -l"), (errno.ENOSPC, "dma_entry_limit"), (errno.EIO, r"error\)$")],
+)
+def test_memory_that_cannot_be_mapped_says_what_to_do(
+    number: int, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(iova: int, memory: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with vfiomig.open("model:pattern,size=4K") as dev:
+        monkeypatch.setattr(dev._memory, "map", refuse)
+        with pytest.raises(vfiomig.VfioMigError, match=rf"IOVA 0x1000 failed with.*{advice}"):
+            dev.map(0x1000, bytearray(4096))
+
+
+def test_what_is_mapped_already_and_what_is_no_page_say_so() -> None:
+    with vfiomig.open("model:pattern,size=4K") as dev, mmap.mmap(-1, 4096) as memory:
+        dev.map(0x1000, memory)
+        with pytest.raises(vfiomig.VfioMigError, match="EEXIST.*unmap it first"):
+            dev.map(0x1000, memory)
+        with pytest.raises(vfiomig.VfioMigError, match="EINVAL.*begin and end at a page"):
+            dev.map(0x2800, memory)
+        dev.unmap(0x1000, 4096)
 
 
 def test_what_keeps_a_device_from_migrating_is_told_before_and_after_the_attempt() -> None:

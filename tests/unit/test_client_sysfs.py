@@ -78,6 +78,7 @@ def test_before_a_vfio_driver_had_a_node_its_name_tells(tmp_path: Path) -> None:
         (SysDevice(NIC, "nvme", None, "12"), ("bound to nvme", "no VFIO driver", NIC)),
         (SysDevice(NIC, "nvme", None, None), ("no IOMMU group", "intel_iommu=on")),
         (SysDevice(NIC, "vfio-pci", "vfio0", "12"), ("/dev/vfio/devices/vfio0", "visible")),
+        (SysDevice(NIC, "vfio-pci", None, "12"), ("vfio-pci has it", "no /dev/vfio/12", "visible")),
     ],
 )
 def test_why_a_device_has_no_vfio_node(device: SysDevice, words: tuple[str, ...]) -> None:

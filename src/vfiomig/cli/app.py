@@ -204,4 +204,5 @@ def _text(error: Exception) -> str:
         return str(error)
     name = errno.errorcode.get(error.errno, str(error.errno))
     about = f"{error.filename}: " if error.filename else ""
-    return f"{about}{error.strerror} ({name})"
+    said = f"{about}{error.strerror}"
+    return said if name in said else f"{said} ({name})"

@@ -5,8 +5,8 @@ Theory of operation
 A device with an iommufd is bound to it first: a landed kernel answers nothing else before, except
 EINVAL. A kernel of the V6 patch may know neither the request nor /dev/iommu, and a descriptor that
 was handed over may be bound already or come from a group, so a refusal that such a kernel could
-give is only remembered; it is the reason that is told if the device then does not answer the first
-probe. docs/protocol.md, chapter "dialects".
+give is only remembered; it is the reason that is told if the device then answers neither the first
+probe nor GET_INFO, which one that cannot migrate does answer. docs/protocol.md, chapter "dialects".
 
 Some drivers keep the state of their former user (docs/protocol.md, FAULT-29). Whoever opens such a
 device in a way that lets no other user in has it reset (``settle``).
@@ -37,11 +37,13 @@ __all__ = ("connect", "settle")
 
 log = logging.getLogger("vfiomig.client")
 
+NO_DEVICE = "it is no VFIO device: name a descriptor of one, such as of /dev/vfio/devices/vfio0"
 #: Why BIND was refused as a kernel refuses it that may serve the device all the same.
 UNBOUND = {
     errno.EINVAL: "it cannot be bound to an iommufd: another program has it, or it is being reset",
-    errno.ENOTTY: "it is no VFIO device, or none that migrates",
+    errno.ENOTTY: NO_DEVICE,
 }
+MINSZ = vfio.DeviceInfo.end_of("num_irqs")
 
 
 def connect(
@@ -61,11 +63,14 @@ def connect(
     try:
         if transport.iommufd != NO_FD:
             devid, reason = _bind(transport)
-        dialect = find_dialect(Requests(transport, name))
+        requests = Requests(transport, name)
+        dialect = find_dialect(requests)
         if dialect is None and reason:
-            raise OSError(errno.EINVAL, reason)
+            requests.on_device(vfio.VFIO_DEVICE_GET_INFO, vfio.DeviceInfo(argsz=MINSZ))
     except OSError as failure:
         _close(transport, memory)
+        if failure.errno in {errno.ENOTTY, errno.EBADF}:
+            reason = NO_DEVICE
         what_to_do = reason or diagnosis.advice(diagnosis.FIRST, failure)
         raise diagnosis.refused(name, failure, what_to_do) from None
     if memory is None:

@@ -10,7 +10,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from vfiomig.client.kernel import BY
-from vfiomig.errors import TargetError
+from vfiomig.errors import RequestError, TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,7 +22,10 @@ __all__ = (
     "DEVICE_FD",
     "FIRST",
     "GROUP",
+    "MAP",
     "NODE",
+    "NO_NODES",
+    "NO_VFIO",
     "SET_IOMMU",
     "SILENT",
     "advice",
@@ -30,6 +33,7 @@ __all__ = (
     "not_viable",
     "refused",
     "why_no_migration",
+    "with_advice",
 )
 
 #: A driver may fail for a reason of its own, and only it knows.
@@ -38,6 +42,15 @@ NO_PERMISSION: Final = "this user may not: give it the device node (chown, or a 
 
 # What an errno means at each step.
 
+#: The folder of all nodes is not there, or that of the character devices.
+NO_VFIO: Final = (
+    "VFIO is not there: load the driver of the device (modprobe vfio-pci, or the one that "
+    "migrates it), or run where /dev/vfio is visible"
+)
+NO_NODES: Final = (
+    "this kernel has no character devices of VFIO, which come with Linux 6.6 and its option "
+    "VFIO_DEVICE_CDEV: name the device's group instead, /dev/vfio/GROUP"
+)
 NODE: Final = {
     errno.ENOENT: "there is no such device: look into /dev/vfio/devices, and bind the PCI "
     "function to the VFIO driver that migrates it",
@@ -47,8 +60,7 @@ NODE: Final = {
     errno.ENODEV: "the device went away: bind the PCI function to its VFIO driver again",
 }
 CONTAINER: Final = {
-    errno.ENOENT: "VFIO is not there: load the driver of the device (modprobe vfio-pci, or the "
-    "one that migrates it), or run where /dev/vfio is visible",
+    errno.ENOENT: NO_VFIO,
     errno.ENODEV: "VFIO is not loaded: modprobe vfio",
     errno.EACCES: "this user may not: chmod 0666 /dev/vfio/vfio, which gives nobody a device",
 }
@@ -69,6 +81,17 @@ DEVICE_FD: Final = {
     errno.ENODEV: "the group has no device of that name that is bound to a VFIO driver",
     errno.EACCES: "its physical function asks for a VF token, which this program cannot give",
     errno.EBUSY: "another program has it: end that one first",
+}
+
+MAP: Final = {
+    errno.ENOMEM: "what a device reaches counts as locked memory: raise the limit (ulimit -l, or "
+    "LimitMEMLOCK= of a service), or run with CAP_IPC_LOCK",
+    errno.EEXIST: "something is mapped there already: unmap it first, or choose another IOVA",
+    errno.EINVAL: "memory and IOVA begin and end at a page, and the IOMMU has ranges that it "
+    "cannot map, such as that of MSI at 0xfee00000",
+    errno.EFAULT: "the memory has to be readable and writable",
+    errno.ENOSPC: "the container has no more room for mappings: map larger pieces, or raise "
+    "dma_entry_limit of vfio_iommu_type1",
 }
 
 FIRST: Final = {errno.EBUSY: "another program has its group open: end that one first"}
@@ -95,6 +118,14 @@ def advice(table: Mapping[int, str], failure: OSError) -> str:
     return table.get(failure.errno or 0, SILENT)
 
 
+def with_advice(failure: RequestError, table: Mapping[int, str]) -> RequestError:
+    """Add what to do about a failed request, if ``table`` knows."""
+    number = failure.errno or errno.EIO
+    if number not in table:
+        return failure
+    return RequestError(number, f"{failure.strerror}; {table[number]}")
+
+
 def refused(name: str, failure: OSError, what_to_do: str) -> TargetError:
     number = failure.errno or errno.EIO
     word = errno.errorcode.get(number, str(number))
@@ -103,16 +134,19 @@ def refused(name: str, failure: OSError, what_to_do: str) -> TargetError:
 
 def not_bound(device: SysDevice) -> str:
     """Say why a device that is there has no VFIO node."""
-    if device.node is not None:
+    if device.node is not None or (device.group is not None and _is_for_vfio(device.driver)):
+        node = f"neither /dev/vfio/devices/{device.node} nor" if device.node else "no"
         return (
-            f"its driver {device.driver} has it, but there is neither /dev/vfio/devices/"
-            f"{device.node} nor /dev/vfio/{device.group}: run where /dev/vfio is visible"
+            f"its driver {device.driver} has it, but there is {node} /dev/vfio/{device.group}: "
+            "run where /dev/vfio is visible"
         )
     if device.driver is None:
         has = "no driver is bound to it"
     else:
         has = f"it is bound to {device.driver}, which is no VFIO driver"
-    bind = f"bind it to the one that migrates it (driverctl set-override {device.name} DRIVER)"
+    bind = (
+        f"bind it to the VFIO driver that migrates it (driverctl set-override {device.name} DRIVER)"
+    )
     if device.group is None:
         return (
             f"{has}, and it has no IOMMU group: enable the IOMMU in the machine's firmware and "
@@ -132,11 +166,15 @@ def not_viable(group: str, members: Iterable[SysDevice]) -> str:
 
 
 def _is_in_the_way(device: SysDevice) -> bool:
-    # Before Linux 6.1 the name alone tells a VFIO driver.
     driver = device.driver
     if driver is None or driver in BRIDGES or device.node is not None:
         return False
-    return "vfio" not in driver and driver not in MIGRATES
+    return not _is_for_vfio(driver)
+
+
+def _is_for_vfio(driver: str | None) -> bool:
+    """Guess by its name whether a driver is one of VFIO: before Linux 6.1 nothing else tells."""
+    return driver is not None and ("vfio" in driver or driver in MIGRATES)
 
 
 def why_no_migration(about: Mapping[str, str | int | bool]) -> str:

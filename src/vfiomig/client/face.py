@@ -22,8 +22,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 from vfiomig.abi import pci, vfio
-from vfiomig.client import dma
-from vfiomig.client.diagnosis import why_no_migration
+from vfiomig.client import diagnosis, dma
 from vfiomig.client.dialects import Answer, known, state_requests
 from vfiomig.client.irqs import Interrupts
 from vfiomig.client.regions import mappable_areas
@@ -125,7 +124,8 @@ class DeviceClient:
         """
         if not self.capabilities:
             raise RequestError(
-                errno.ENOTTY, f"{self.name} cannot migrate: {why_no_migration(self.about)}"
+                errno.ENOTTY,
+                f"{self.name} cannot migrate: {diagnosis.why_no_migration(self.about)}",
             )
 
     @property
@@ -358,7 +358,8 @@ class DeviceClient:
         try:
             self._memory.map(iova, memory)
         except OSError as failure:
-            raise self._failed(f"mapping memory at IOVA {iova:#x}", failure) from None
+            refused = self._failed(f"mapping memory at IOVA {iova:#x}", failure)
+            raise diagnosis.with_advice(refused, diagnosis.MAP) from None
 
     def unmap(self, iova: int, length: int) -> int:
         """Take the mappings inside a range away; return their bytes.
@@ -470,7 +471,7 @@ class DeviceClient:
 
     def _advice(self, answer: Answer, target: int) -> str:
         if answer.errno == errno.ENOTTY and not self.capabilities:
-            return why_no_migration(self.about)
+            return diagnosis.why_no_migration(self.about)
         if self._targets and target not in self._targets:
             names = ", ".join(state.name for state in self._targets)
             return f"with {capability_name(self.capabilities)} it can go to {names}"

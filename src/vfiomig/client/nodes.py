@@ -43,6 +43,11 @@ def open_node(node: str, sysfs: Sysfs) -> DeviceClient:
 
 def open_group(group: str, name: str | None, sysfs: Sysfs) -> DeviceClient:
     """Open a device of /dev/vfio/GROUP, the only one if ``name`` is ``None``."""
+    path = f"{GROUPS}/{group}"
+    if name is None and not os.path.exists(path):
+        missing = FileNotFoundError(errno.ENOENT, "")
+        table = diagnosis.GROUP if os.path.exists(GROUPS) else diagnosis.CONTAINER
+        raise diagnosis.refused(path, missing, diagnosis.advice(table, missing))
     if name is None:
         found: SysDevice | None = choose_member(group, sysfs)
     else:
@@ -54,8 +59,7 @@ def open_name(name: str, sysfs: Sysfs) -> DeviceClient:
     """Open a device by its PCI address or mdev uuid, through its group if it has no node."""
     found = sysfs.find(name)
     if found is None:
-        where = f"{sysfs.root} has no such device: look it up (lspci -D, or mdevctl list)"
-        raise diagnosis.refused(name, OSError(errno.ENODEV, ""), where)
+        raise diagnosis.refused(name, OSError(errno.ENODEV, ""), _not_found(name, sysfs))
     has_node = found.node is not None and os.path.exists(f"{NODES}/{found.node}")
     has_group = found.group is not None and os.path.exists(f"{GROUPS}/{found.group}")
     if has_node and (os.path.exists(IOMMU) or not has_group):
@@ -89,11 +93,21 @@ def open_descriptor(
     return connect(transport, name, missing, may_be_bound=is_given)
 
 
+def _not_found(name: str, sysfs: Sysfs) -> str:
+    if not (sysfs.root / "bus").is_dir():
+        return f"{sysfs.root} is no sysfs, which names devices: run where it is mounted"
+    lists = "lspci -D" if ":" in name else "mdevctl list"
+    return f"{sysfs.root} has no such device: {lists} shows those that there are"
+
+
 def _take(number: int) -> Fd:
     try:
         return Fd(number)
     except OSError as failure:
-        how = "hand it over when this program is started (pass_fds, or N<>PATH in a shell)"
+        how = (
+            f"hand it over when this program is started: {number}<>PATH in a shell, or pass_fds "
+            "in Python"
+        )
         raise diagnosis.refused(f"descriptor {number}", failure, how) from None
 
 
@@ -102,12 +116,19 @@ def _open_node(node: str, name: str, found: SysDevice | None) -> DeviceClient:
     try:
         device = Fd(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except OSError as failure:
-        what_to_do = diagnosis.advice(diagnosis.NODE, failure)
-        raise diagnosis.refused(path, failure, what_to_do) from None
+        raise diagnosis.refused(path, failure, _no_node(failure)) from None
     iommufd, missing = _open_iommu()
     client = connect(KernelTransport(device, iommufd, _about(found)), name, missing)
     # In V6 others may have it open as well.
     return client if client.dialect is Dialect.V6 else settle(client)
+
+
+def _no_node(failure: OSError) -> str:
+    if failure.errno == errno.ENOENT and not os.path.exists(GROUPS):
+        return diagnosis.NO_VFIO
+    if failure.errno == errno.ENOENT and not os.path.exists(NODES):
+        return diagnosis.NO_NODES
+    return diagnosis.advice(diagnosis.NODE, failure)
 
 
 def _open_iommu() -> tuple[Fd | None, str]:

@@ -55,7 +55,7 @@ def open_target(
         if match is not None:
             break
     else:
-        known = ", ".join(form.name for form in FORMS)
+        known = "; ".join(form.name for form in FORMS)
         raise SpecError(f"unknown target {target!r}: use one of {known}")
     if form.open is None:
         return _model_maker(match["spec"], dialect)()
