@@ -342,9 +342,9 @@ def test_memory_that_cannot_be_mapped_says_what_to_do(
 def test_what_is_mapped_already_and_what_is_no_page_say_so() -> None:
     with vfiomig.open("model:pattern,size=4K") as dev, mmap.mmap(-1, 4096) as memory:
         dev.map(0x1000, memory)
-        with pytest.raises(vfiomig.VfioMigError, match="EEXIST.*unmap it first"):
+        with pytest.raises(vfiomig.VfioMigError, match=r"EEXIST.*unmap it first"):
             dev.map(0x1000, memory)
-        with pytest.raises(vfiomig.VfioMigError, match="EINVAL.*begin and end at a page"):
+        with pytest.raises(vfiomig.VfioMigError, match=r"EINVAL.*begin and end at a page"):
             dev.map(0x2800, memory)
         dev.unmap(0x1000, 4096)
 

@@ -443,6 +443,7 @@ def test_an_unmap_checks_its_argument_and_cuts_nothing(iommu: Iommu, pages: Page
         assert iommu.unmap(ioas, PAGE, U64_MAX)[0] == errno.EOVERFLOW
         assert iommu.unmap(ioas, PAGE, 0)[0] == errno.EINVAL
         assert iommu.unmap(ioas, U64_MAX - PAGE, 2 * PAGE)[0] == errno.EOVERFLOW
+        assert iommu.unmap(ioas, U64_MAX - PAGE + 1, PAGE)[0] == errno.ENOENT  # the last page
         for iova, length in ((PAGE, PAGE), (2 * PAGE, PAGE), (0, 2 * PAGE), (2 * PAGE, 9 * PAGE)):
             assert iommu.unmap(ioas, iova, length)[0] == errno.ENOENT
         assert iommu.unmap(ioas, PAGE, 2 * PAGE) == (0, 2 * PAGE)

@@ -398,13 +398,30 @@ def test_a_report_clears_clean_bits_and_leaves_those_of_gaps(mapped: OldProgram)
 
 
 def test_a_device_that_cannot_be_tracked_makes_all_dirty(pages: Pages) -> None:
-    with OldProgram() as tracked, OldProgram(Untracked(), caller=tracked.caller) as other:
+    with OldProgram() as tracked, OldProgram(Untracked(), caller=tracked.caller):
         assert tracked.map(pages.page(0), HERE, 3 * PAGE) == 0
         assert tracked.track(START) == 0
         assert tracked.dirty(HERE - PAGE, 5 * PAGE) == (0, {1, 2, 3})
         assert tracked.dirty(HERE, 3 * PAGE) == (0, {0, 1, 2})
+
+
+def test_what_a_device_wrote_before_it_left_is_not_lost(pages: Pages) -> None:
+    """Nobody saw it, so all that was mapped is dirty once more."""
+    with OldProgram() as tracked, OldProgram(Untracked(), caller=tracked.caller) as other:
+        assert tracked.map(pages.page(0), HERE, 3 * PAGE) == 0
+        assert tracked.map(pages.page(3), HERE + 8 * PAGE) == 0
+        assert tracked.track(START) == 0
+        assert tracked.dirty(HERE, 16 * PAGE) == (0, {0, 1, 2, 8})
         assert other.unset_container() == 0
-        assert tracked.dirty(HERE, 3 * PAGE) == (0, set())
+        assert tracked.map(pages.page(4), HERE + 9 * PAGE) == 0
+        assert tracked.unmap(HERE + 8 * PAGE, PAGE) == (0, PAGE)
+        assert tracked.map(pages.page(3), HERE + 8 * PAGE) == 0
+        assert tracked.dirty(HERE, 16 * PAGE) == (0, {0, 1, 2})
+        assert tracked.dirty(HERE, 16 * PAGE) == (0, set())
+        # Nothing is tracked when it leaves: then there is nothing to know.
+        assert other.set_container() == tracked.track(STOP) == other.unset_container() == 0
+        assert tracked.track(START) == 0
+        assert tracked.dirty(HERE, 16 * PAGE) == (0, set())
 
 
 def unmap_with_bitmap(

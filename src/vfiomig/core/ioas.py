@@ -169,7 +169,7 @@ def unmap(context: Iommufd, argument: abi.IoasUnmap, caller: Caller) -> int:  # 
         raise OSError(errno.EOVERFLOW, "iova or length")
     if not argument.length:
         raise OSError(errno.EINVAL, "nothing to unmap")
-    if argument.iova + argument.length > U64_MAX:
+    if argument.iova + argument.length - 1 > U64_MAX:
         raise OSError(errno.EOVERFLOW, "iova + length")
     argument.length = space.unmap(argument.iova, argument.length)
     return 0

@@ -1,7 +1,7 @@
 """IOMMU_OPTION and IOMMU_VFIO_IOAS: settings of an iommufd.
 
 Order of checks: ``iommufd_option`` and ``iommufd_vfio_ioas`` in drivers/iommu/iommufd. Memory is
-never pinned here, so RLIMIT_MODE is remembered and changes nothing; nor are there pages of
+never pinned here (docs/protocol.md, CHOICE-17), so RLIMIT_MODE is remembered and changes nothing; nor are there pages of
 several sizes, so all that HUGE_PAGES changes is which mappings are taken.
 """
 

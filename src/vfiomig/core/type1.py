@@ -7,8 +7,10 @@ no difference; what differs is what programs may ask. Version 2 unmaps whole map
 iommufd, and says EINVAL where that says ENOENT. Version 1 was never strict: a request that begins
 inside a mapping does nothing, and one that covers the first byte of a mapping takes all of it.
 
-The order of checks is that of drivers/vfio/vfio_iommu_type1.c. The lock of the address space is
-not held while the memory of the program is touched, so what was checked before is checked again.
+The order of checks is that of drivers/vfio/vfio_iommu_type1.c before ranges up to the last byte of
+all addresses were made to work, when EOVERFLOW took EINVAL's place for those beyond. Memory is not
+counted as locked (docs/protocol.md, CHOICE-17). The lock of the address space is not held while the
+memory of the program is touched, so what was checked before is checked again.
 """
 
 from __future__ import annotations
@@ -76,6 +78,9 @@ class Type1:
         self._ports: list[DmaPort] = []
         #: IOVAs of mappings whose address in the program is going to change, under ``space.lock``.
         self._moving: set[int] = set()
+        #: IOVAs of mappings that are dirty as a whole, under ``space.lock``: a device that has
+        #: left may have written there, and its IOMMU did not see it.
+        self.unseen: set[int] = set()
 
     @property
     def tracks(self) -> bool:
@@ -90,8 +95,11 @@ class Type1:
         port.attach(self.table)
 
     def detach(self, port: DmaPort) -> None:
-        self._ports.remove(port)
         port.attach(None)
+        with self.space.lock:
+            self._ports.remove(port)
+            if not port.iommu_tracks and self.table.log is not None:
+                self.unseen |= {m.iova for m in self.space.overlapping_locked(0, END)}
 
     def release(self) -> None:
         """Give everything up: no group is left."""
@@ -161,7 +169,9 @@ class Type1:
             if argument.flags & ADDRESS_ONLY:
                 return self._forget_addresses_locked(found)
             told = [] if bitmap is None else type1_dirty.take_locked(self, found)
-            self._moving.difference_update(mapping.iova for mapping in found)
+            going = {mapping.iova for mapping in found}
+            self._moving -= going
+            self.unseen -= going
             size = self.space.remove_locked(found)
         if bitmap is not None:
             type1_dirty.tell(told, argument.iova, bitmap.data, caller)

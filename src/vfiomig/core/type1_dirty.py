@@ -6,7 +6,7 @@ The log is that of the page table, which devices mark as they write (iommu/port.
 about whole mappings, and writes the bits of each from its first page to the end of a 64-bit word:
 unlike those of iommufd and of a device's own log, bits of clean pages are cleared, and what lies
 between mappings is left alone. A device whose IOMMU cannot track its writes makes all that is
-mapped dirty, in every report (docs/protocol.md, CHOICE-16).
+mapped dirty, in every report, and once more when it has left (docs/protocol.md, CHOICE-16).
 
 After an error nothing was forgotten; a program counts all memory as dirty then anyway.
 See ``update_user_bitmap`` and ``vfio_iommu_type1_dirty_pages`` in the kernel.
@@ -56,6 +56,7 @@ def dirty_pages(iommu: Type1, arg: int, caller: Caller) -> int:
             on = argument.flags == START
             if on is (iommu.table.log is None):  # once more changes nothing
                 iommu.table.track(on)
+                iommu.unseen.clear()
     return 0
 
 
@@ -104,7 +105,10 @@ def take_locked(iommu: Type1, mappings: Iterable[Mapping]) -> list[tuple[Mapping
     told = []
     for mapping in mappings:
         bits = int.from_bytes(log.report(mapping.iova, mapping.length, PAGE), "little")
-        told.append((mapping, bits if iommu.tracks else (1 << mapping.length // PAGE) - 1))
+        if not iommu.tracks or mapping.iova in iommu.unseen:
+            bits = (1 << mapping.length // PAGE) - 1
+            iommu.unseen.discard(mapping.iova)
+        told.append((mapping, bits))
     return told
 
 
