@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -20,10 +21,17 @@ from vfiomig.abi import vfio
 from vfiomig.abi import vfio_iommu as abi
 from vfiomig.core.container import Container
 from vfiomig.core.group import Group
+from vfiomig.core.vfio_compat import compat_ioas
 from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
 
+if TYPE_CHECKING:
+    from vfiomig.core.iommufd import Iommufd
+
 GROUPS, CONTAINERS = 2, 2
-groups, containers = st.integers(0, GROUPS - 1), st.integers(0, CONTAINERS - 1)
+#: The descriptors of the containers, of which the last is an iommufd.
+NUMBERS = (*range(100, 100 + CONTAINERS), IOMMUFD)
+COMPAT = CONTAINERS
+groups, containers = st.integers(0, GROUPS - 1), st.integers(0, COMPAT)
 
 
 class One:
@@ -35,6 +43,8 @@ class One:
         self.group = Group(self.served, f"0000:{number + 1:02x}:00.0")
         self.is_open = False
         self.container: int | None = None
+        #: Whether the devices that were given out belong to the iommufd.
+        self.in_iommufd = False
         self.given: list[VfioDeviceFile] = []
         self.nodes: list[VfioDeviceFile] = []
         self.bound: VfioDeviceFile | None = None
@@ -48,7 +58,12 @@ class Lifecycle(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.caller = Caller()
-        self.caller.containers = {100 + n: Container() for n in range(CONTAINERS)}
+        self.caller.containers = {number: Container() for number in NUMBERS[:COMPAT]}
+        context = self.caller.iommufds[IOMMUFD]
+        assert context is not None
+        self.iommufd = context
+        #: Whether a group was in the iommufd at any time.
+        self.had_group = False
         self.ones = [One(number) for number in range(GROUPS)]
         #: Containers that have their IOMMU.
         self.ready: set[int] = set()
@@ -65,6 +80,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def left(self, one: One) -> None:
         """The model's part of a close: the last holder takes the group out of its container."""
+        one.in_iommufd = one.in_iommufd and bool(one.given)
         if not one.is_held:
             self.leave_container(one)
 
@@ -73,7 +89,7 @@ class Lifecycle(RuleBasedStateMachine):
         if container is not None and not self.members(container):
             self.ready.discard(container)
 
-    def at(self, on: Group | Container | VfioDeviceFile, number: int, arg: int) -> int:
+    def at(self, on: Group | Container | Iommufd | VfioDeviceFile, number: int, arg: int) -> int:
         """Make a request; a failure is a negative errno."""
         try:
             return on.ioctl(number, arg, self.caller)
@@ -110,16 +126,18 @@ class Lifecycle(RuleBasedStateMachine):
     def set_container(self, n: int, c: int) -> None:
         one = self.ones[n]
         if one.is_open:
-            result = self.request(one.group, abi.VFIO_GROUP_SET_CONTAINER, words(100 + c))
-            assert result == (-errno.EINVAL if one.container is not None else 0)
+            result = self.request(one.group, abi.VFIO_GROUP_SET_CONTAINER, words(NUMBERS[c]))
+            busy = -errno.EBUSY if one.in_iommufd and c != COMPAT else 0
+            assert result == (-errno.EINVAL if one.container is not None else busy)
             if not result:
                 one.container = c
+                self.had_group |= c == COMPAT
 
     @rule(n=groups)
     def unset_container(self, n: int) -> None:
         one = self.ones[n]
         if one.is_open:
-            busy = -errno.EBUSY if one.given else 0
+            busy = -errno.EBUSY if one.given and one.container != COMPAT else 0
             result = self.request(one.group, abi.VFIO_GROUP_UNSET_CONTAINER)
             assert result == (-errno.EINVAL if one.container is None else busy)
             if not result:
@@ -132,7 +150,8 @@ class Lifecycle(RuleBasedStateMachine):
             status = abi.GroupStatus(argsz=8)
             address = ctypes.addressof(status)
             assert self.at(one.group, abi.VFIO_GROUP_GET_STATUS, address) == 0
-            assert status.flags == (1 if one.container is None else 3)
+            viable = 0 if one.in_iommufd else 1
+            assert status.flags == (viable if one.container is None else 3)
 
     @rule(n=groups)
     def get_device(self, n: int) -> None:
@@ -140,10 +159,11 @@ class Lifecycle(RuleBasedStateMachine):
         if one.is_open:
             name = one.group.address.encode() + b"\0"
             result = self.request(one.group, abi.VFIO_GROUP_GET_DEVICE_FD, name)
-            if one.container is None or one.container not in self.ready:
+            if one.container is None or one.container not in self.ready | {COMPAT}:
                 assert result == -errno.EINVAL
             else:
                 assert result > 0
+                one.in_iommufd |= one.container == COMPAT and not one.given
                 one.given.append(self.caller.files.pop(result))
 
     @rule(n=groups)
@@ -157,8 +177,12 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule(c=containers)
     def set_iommu(self, c: int) -> None:
+        if c == COMPAT:
+            result = self.at(self.iommufd, abi.VFIO_SET_IOMMU, 3)
+            assert result == (0 if self.had_group else -errno.ENODEV)
+            return
         refused = not self.members(c) or c in self.ready
-        result = self.at(self.caller.containers[100 + c], abi.VFIO_SET_IOMMU, 3)
+        result = self.at(self.caller.containers[NUMBERS[c]], abi.VFIO_SET_IOMMU, 3)
         assert result == (-errno.EINVAL if refused else 0)
         if not refused:
             self.ready.add(c)
@@ -200,10 +224,12 @@ class Lifecycle(RuleBasedStateMachine):
             assert one.served.users == users
             in_use = one.container if one.container in self.ready else None
             space = one.device.dma.space  # as a bus master, which it is when its user says so
-            if in_use is None:
+            if one.in_iommufd:
+                assert space is compat_ioas(self.iommufd).space
+            elif in_use is None:
                 assert space is None
             else:
-                iommu = self.caller.containers[100 + in_use].iommu
+                iommu = self.caller.containers[NUMBERS[in_use]].iommu
                 assert iommu is not None
                 assert space is iommu.table.space
 

@@ -136,6 +136,9 @@ def test_a_group_may_leave_an_iommufd_while_its_device_is_open(program: Both, pa
     assert program.unset_container() == 0
     assert program.device_fd() == -errno.EINVAL
     assert program.reaches(HERE)
+    # The iommufd has its DMA still: no container can have it, and the group is not viable.
+    assert program.set_container() == errno.EBUSY
+    assert program.ioctl(program.group, abi.VFIO_GROUP_GET_STATUS, words(8, 1))[1] == words(8, 0)
     program.enter()
     assert program.device_fd() > 0
     program.close_device(file)

@@ -83,6 +83,8 @@ class Group:
             if isinstance(container, Iommufd):
                 container.enter_group()
             elif isinstance(container, Container):
+                if self._binding is not None:
+                    raise OSError(errno.EBUSY, "the device still belongs to an iommufd")
                 container.attach(self.device.device.dma)
             else:
                 raise OSError(errno.EBADFD, "the descriptor is no container")
@@ -98,8 +100,9 @@ class Group:
 
     def flags(self) -> int:
         with self._lock:
-            in_container = self._container is not None
-        return abi.VFIO_GROUP_FLAGS_VIABLE | abi.VFIO_GROUP_FLAGS_CONTAINER_SET * in_container
+            if self._container is not None:
+                return abi.VFIO_GROUP_FLAGS_VIABLE | abi.VFIO_GROUP_FLAGS_CONTAINER_SET
+            return abi.VFIO_GROUP_FLAGS_VIABLE if self._binding is None else 0
 
     def open_device(self, memory: HasFileno | None = None) -> VfioDeviceFile:
         """Open the device; see ``VfioDevice.open`` for ``memory`` and what ``start`` may refuse.
