@@ -6,6 +6,7 @@ QEMU looks a device up in sysfs to find its group, or its character device.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,14 @@ import pytest
 
 from qemu_pair import FIRMWARE_ONLY, SWITCH_AT_ONCE, VfioGuest, witnessed
 from qemu_states import SOURCE_STATES, TARGET_STATES, machine_starts, machine_stops
+from vfiomig.core.vfio_device import VfioDevice
+from vfiomig.doors.syscall.run import run
+from vfiomig.models import make
 from vfiomig.qemu.guest import Guest
+from vfiomig.qemu.installed import cache_folder
 from vfiomig.qemu.migration import migrate
 from vfiomig.qemu.vfio import run_words
+from vmtest.fetch import fetch_lspci
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,3 +111,21 @@ def test_devices_of_groups_arrive_by_the_same_states(
         assert logs == (tracker == "device")
     asked = source.requests_on("container")
     assert ("VFIO_IOMMU_DIRTY_PAGES()" in asked) == (tracker == "container")
+
+
+def test_an_unmodified_lspci_lists_the_served_functions_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "lspci"
+    shutil.copytree(fetch_lspci(cache_folder()), folder)
+    loader = folder / "ld-linux-x86-64.so.2"
+    loader.chmod(0o755)
+    lister = [str(loader), "--library-path", str(folder), str(folder / "lspci.program"), "-nnvk"]
+    devices = [VfioDevice(make(spec), spec) for spec in ("mtty", "counter")]
+    assert run(devices, lister) == 0
+    first, second = capfd.readouterr().out.strip().split("\n\n")
+    assert first.startswith("01:00.0 Class [0700]: Device [4348:3253] (rev 10) (prog-if 02")
+    assert second.startswith("02:00.0 ")
+    for number, shown in enumerate((first, second)):
+        assert f"IOMMU group {number}" in shown
+        assert "Kernel driver in use: vfio-pci" in shown
