@@ -5,6 +5,7 @@ The client is a program under the door, and sysfs a made one.
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -264,10 +265,15 @@ print(refused("fd:99"))
 print(refused(f"fd:{os.open('/dev/vfio/devices/vfio0', os.O_RDWR)},iommufd=99"))
 print(refused(f"fd:{os.open('/dev/null', os.O_RDWR)}"))
 print(refused(f"fd:{os.open('/dev/vfio/0', os.O_RDWR)}"))
+print(refused(f"fd:{os.open('/dev/vfio/vfio', os.O_RDWR)}"))
+print(refused(f"fd:{os.open('/dev/iommu', os.O_RDWR)}"))
 """
     lines = run(sysfs, program, capfd).splitlines()
     for line, number in zip(lines[:2], ("99", "99"), strict=True):
         assert f"descriptor {number} cannot be opened: EBADF" in line
         assert "pass_fds" in line
-    for line in lines[2:]:
+    for line in lines[2:4]:
         assert "no VFIO device" in line
+    for line in lines[4:]:
+        assert re.search(r"fd:(\d+) cannot.*it is a container or an iommufd.*container=\1 or", line)
+    assert len(lines) == 6

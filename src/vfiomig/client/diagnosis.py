@@ -24,6 +24,7 @@ __all__ = (
     "GROUP",
     "MAP",
     "NODE",
+    "NO_DEVICE_BUT_CONTAINER",
     "NO_NODES",
     "NO_VFIO",
     "SET_IOMMU",
@@ -94,6 +95,11 @@ MAP: Final = {
     "dma_entry_limit of vfio_iommu_type1",
 }
 
+#: A descriptor that answers what containers are asked.
+NO_DEVICE_BUT_CONTAINER: Final = (
+    "it is a container or an iommufd, and no device: name the device's descriptor, and this one "
+    "behind it, as in fd:N,container={number} or fd:N,iommufd={number}"
+)
 FIRST: Final = {errno.EBUSY: "another program has its group open: end that one first"}
 
 #: Drivers of the kernel that migrate some device, and what that depends on.
@@ -190,7 +196,7 @@ def why_no_migration(about: Mapping[str, str | int | bool]) -> str:
     if driver == GENERIC:
         return (
             f"{GENERIC} migrates no device: bind it to the driver that migrates it, such as "
-            f"{', '.join(MIGRATES)}"
+            f"{', '.join(MIGRATES)}; one behind vfiomig run has what its Device class has"
         )
     if driver in MIGRATES:
         return f"its driver {driver} could, but does not for this device: {MIGRATES[driver]}"

@@ -13,11 +13,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vfiomig.abi import vfio_iommu
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.client import diagnosis
 from vfiomig.client.connecting import connect, settle
 from vfiomig.client.group import choose_member, open_group_device
-from vfiomig.client.kernel import KernelTransport
+from vfiomig.client.kernel import KernelTransport, ioctl
 from vfiomig.client.requests import Requests
 from vfiomig.client.type1 import ContainerSpace
 from vfiomig.descriptors import Fd
@@ -78,6 +79,9 @@ def open_descriptor(
     name, missing = f"fd:{number}", ""
     with ExitStack() as taken:
         device = taken.enter_context(_take(number))
+        if _is_container(device):
+            what = diagnosis.NO_DEVICE_BUT_CONTAINER.format(number=number)
+            raise diagnosis.refused(name, OSError(errno.ENOTTY, ""), what)
         other = iommufd if container is None else container
         given = None if other is None else taken.enter_context(_take(other))
         link = os.readlink(f"/proc/self/fd/{number}")
@@ -109,6 +113,14 @@ def _take(number: int) -> Fd:
             "in Python"
         )
         raise diagnosis.refused(f"descriptor {number}", failure, how) from None
+
+
+def _is_container(file: Fd) -> bool:
+    """Tell a container, and an iommufd, which may stand for one, from a device."""
+    try:
+        return ioctl(file.fileno(), vfio_iommu.VFIO_GET_API_VERSION, 0) == 0
+    except OSError:
+        return False
 
 
 def _open_node(node: str, name: str, found: SysDevice | None) -> DeviceClient:

@@ -1,7 +1,7 @@
 """/dev/vfio with its devices, groups and container, and /dev/iommu, where there are none.
 
-What stat says of them is made up here, of the folders as well. What is listed of them are device
-nodes that open nothing (standin.py).
+What stat says of them is made up here, of the folders as well. What a listing shows are device nodes
+that open nothing (standin.py).
 """
 
 from __future__ import annotations
