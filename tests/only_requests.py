@@ -13,6 +13,7 @@ class OnlyRequests(ABC):
     """Subclass it and write ``ioctl``."""
 
     about: ClassVar[dict[str, str | int | bool]] = {}
+    lost = ""
 
     def __init__(self, iommufd: int = 4) -> None:
         self.device = 3

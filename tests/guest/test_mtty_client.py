@@ -30,6 +30,8 @@ HEADER = 24
 #: Where this driver differs from the protocol in a way that users have to live with.
 KNOWN = {
     "sessions.a-dead-data-fd-polls-hung-up",
+    "sessions.a-data-fd-can-be-watched-by-epoll",
+    "precopy.poll-knows-the-temporary-end",
     "resuming.corrupt-in-quarter-2",
     "resuming.corrupt-in-quarter-3",
     "resuming.corrupt-in-quarter-4",
@@ -50,6 +52,7 @@ KNOWN = {
     "dma.a-bitmap-that-cannot-be-written-is-efault",
     "dma.bits-are-only-set",
     "dma.states-do-not-matter-to-the-log",
+    "dma.after-a-reset-it-can-be-started-anew",
 }
 RBR = 0  # the register that bytes are written to and read from
 

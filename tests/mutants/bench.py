@@ -31,6 +31,7 @@ from vfiomig.fsm import ARCS, SessionKind, path
 from vfiomig.memory import MemoryFault, ProcessMemory
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable
 
     import pytest
@@ -305,6 +306,18 @@ def mutant(
         )
 
     return declare
+
+
+def waits_at_the_end(event: threading.Event) -> Call:
+    """A read on the reading thread that waits for more at the end, whatever becomes of its session."""
+
+    def read(call: Call, data_fd: int, buffer: memoryview) -> int:
+        count = call(data_fd, buffer)
+        if not count and len(buffer) == 4096:
+            event.wait(30)
+        return count
+
+    return read
 
 
 v6_mutant = partial(mutant, dialect=Dialect.V6)

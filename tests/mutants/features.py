@@ -162,6 +162,43 @@ def a_query_leaves_data_fd_alone(bench: Bench) -> None:
     )
 
 
+@mutant("FEATURE-13", "discovery.a-probe-finds-migration", others=2)
+def a_probe_names_no_operation(bench: Bench) -> None:
+    bench.answer(lambda asked: asked.flags == PROBE | GET_FLAGS, errno.EINVAL)
+
+
+@mutant("FEATURE-6", "discovery.without-migration-there-is-none-of-it", caps="none")
+def a_size_of_no_state_is_told(bench: Bench) -> None:
+    bench.answer(lambda asked: asked.flags == PROBE | DATA_SIZE, 0)
+
+
+@mutant("QUERY-V6-3", "discovery.every-combination-of-flags-has-its-answer")
+def a_probe_of_set_succeeds_where_argsz_is_odd(bench: Bench) -> None:
+    bench.answer(lambda asked: asked == (12, PROBE | SET | 1), 0)
+
+
+@mutant("FEATURE-5", "discovery.the-first-fault-decides")
+def the_index_is_looked_up_before_argsz(bench: Bench) -> None:
+    bench.answer(lambda asked: asked.argsz < 8 and asked.number not in KNOWN, errno.ENOTTY)
+
+
+@mutant("GET-LANDED-4", "discovery.a-query-into-read-only-memory-is-efault", others=1)
+def a_state_that_cannot_be_told_is_success(bench: Bench) -> None:
+    bench.swap(lambda asked: asked == (16, GET_STATE), {errno.EFAULT: 0})
+
+
+@mutant("CLOSE-2", "discovery.an-untouched-device-is-in-running")
+def a_device_is_opened_in_stop(bench: Bench) -> None:
+    first = Migration.first_open
+
+    def first_open(mine: Migration) -> int:
+        result = first(mine)
+        mine.set_state(State.STOP)
+        return result
+
+    bench.patch(Migration, "first_open", first_open)
+
+
 # Estimates.
 
 

@@ -11,6 +11,7 @@ from mutants.bench import (
     PROBE,
     REPORT,
     START,
+    STOP_LOG,
     Payload,
     end,
     look,
@@ -118,6 +119,40 @@ def a_log_can_be_started_twice(bench: Bench) -> None:
         original(mine, log)
 
     bench.patch(VfioDevice, "start_dirty_log", start)
+
+
+@mutant("LOG-2", "dma.after-a-reset-it-can-be-started-anew")
+def a_reset_wedges_the_log(bench: Bench) -> None:
+    wedged: list[int] = []
+    original, start = Migration.reset, VfioDevice.start_dirty_log
+
+    def reset(mine: Migration) -> int:
+        wedged[:] = [1] * (bench.served.dirty_log is not None)
+        return original(mine)
+
+    def start_dirty_log(mine: VfioDevice, log: DirtyLog) -> None:
+        if wedged:
+            raise OSError(errno.EINVAL, "already")
+        start(mine, log)
+
+    bench.patch(Migration, "reset", reset)
+    bench.patch(VfioDevice, "start_dirty_log", start_dirty_log)
+
+
+@mutant("LOG-15", "dma.stop-ends-the-reports", others=1)
+def reports_go_on_after_stop(bench: Bench) -> None:
+    stopped: list[int] = []
+
+    def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
+        asked = look(number, argument)
+        logging = bench.served.dirty_log is not None
+        if asked is not None and asked.flags == STOP_LOG:
+            stopped[:] = [1] * logging
+        if asked == (40, REPORT) and not logging and stopped:
+            return 0
+        return call(on, number, argument)
+
+    bench.ioctl(tamper)
 
 
 @mutant("LOG-12", "dma.start-that-cannot-answer-is-undone")

@@ -8,16 +8,25 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from devices.drilled import Drilled
-from mutants.bench import LENGTH, SAVING, SET_STATE, end, look, mutant, outcome
-from vfiomig import State, StateRejected
-from vfiomig.core.migration import Migration
+from mutants.bench import (
+    LENGTH,
+    SAVING,
+    SET_STATE,
+    end,
+    look,
+    mutant,
+    outcome,
+    waits_at_the_end,
+)
+from vfiomig import DeviceError, State, StateRejected
+from vfiomig.core.migration import Migration, Outcome
 from vfiomig.core.saving import SavingMigf
 from vfiomig.fsm import PRE_COPY_GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from mutants.bench import Bench, Call
+    from mutants.bench import Bench, Call, SetState
     from vfiomig import StateReader
     from vfiomig.abi.uapi import UapiStruct
 
@@ -86,14 +95,7 @@ HUNG = threading.Event()
 )
 def a_blocked_reader_is_not_woken(bench: Bench) -> None:
     """A read at the end waits for more, and the end of the session leaves it there."""
-
-    def read(call: Call, data_fd: int, buffer: memoryview) -> int:
-        count = call(data_fd, buffer)
-        if not count and len(buffer) == 4096:
-            HUNG.wait(30)
-        return count
-
-    bench.reads.append(read)
+    bench.reads.append(waits_at_the_end(HUNG))
 
 
 @mutant("SESSION-5", "sessions.closing-a-data-fd-changes-no-state", others=1)
@@ -134,6 +136,16 @@ def a_small_read_loses_the_rest_of_a_message(bench: Bench) -> None:
         return moved
 
     bench.patch(SavingMigf, "_copy_locked", copy)
+
+
+@mutant("SESSION-5", "sessions.a-closed-data-fd-does-not-come-back")
+def a_closed_descriptor_is_given_again(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        found = original(mine, target)
+        again = target == mine._state == State.STOP_COPY
+        return found._replace(migf=mine._migf) if again else found
+
+    bench.set_state(set_state)
 
 
 # Saving.
@@ -274,6 +286,60 @@ def a_device_is_never_free_again(bench: Bench) -> None:
     bench.patch(Migration, "first_open", first_open)
 
 
+def survives(state: State) -> Callable[[Bench], None]:
+    """One state that survives the last close; of RUNNING, what is left is STOP."""
+
+    def body(bench: Bench) -> None:
+        original, first = Migration.last_close, Migration.first_open
+        left: list[State] = []
+
+        def last_close(mine: Migration) -> None:
+            left[:] = [mine._state]
+            original(mine)
+
+        def first_open(mine: Migration) -> int:
+            result = first(mine)
+            if left == [state]:
+                mine._state = state if state is not State.RUNNING else State.STOP
+            return result
+
+        bench.patch(Migration, "last_close", last_close)
+        bench.patch(Migration, "first_open", first_open)
+
+    body.__name__ = f"{state.name}_survives_the_last_close".lower()
+    return body
+
+
+for _state, _others in (
+    (State.RUNNING, 0),
+    (State.STOP_COPY, 1),
+    (State.RUNNING_P2P, 0),
+    (State.PRE_COPY, 0),
+    (State.PRE_COPY_P2P, 0),
+):
+    _check = f"reopen.from-{_state.name}".lower().replace("_", "-")
+    mutant("CLOSE-2", _check, _others)(survives(_state))
+
+
+@mutant("CLOSE-1", "reopen.after-a-reopen-a-whole-session-works")
+def a_close_in_a_session_spoils_the_next_load(bench: Bench) -> None:
+    spoiled: list[int] = []
+    original = Migration.last_close
+
+    def last_close(mine: Migration) -> None:
+        spoiled[:] = [1] * (mine._migf is not None and mine._migf.kind is SAVING)
+        original(mine)
+
+    class Spoiled(Drilled):
+        def load(self, state: StateReader) -> None:
+            if spoiled:
+                raise DeviceError(errno.EIO)
+            super().load(state)
+
+    bench.patch(Migration, "last_close", last_close)
+    bench.device = Spoiled
+
+
 # Two threads.
 
 
@@ -362,10 +428,49 @@ CLOSED = threading.Event()
     release=CLOSED.set,
 )
 def the_last_close_leaves_a_reader_waiting(bench: Bench) -> None:
+    bench.reads.append(waits_at_the_end(CLOSED))
+
+
+HELD = threading.Event()
+
+
+@mutant("SESSION-4", "threads.a-reader-does-not-hold-up-requests", deadline=3.0, release=HELD.set)
+def a_reader_holds_the_lock_of_the_state(bench: Bench) -> None:
+    lock = threading.Lock()
+    waits = waits_at_the_end(HELD)
+
     def read(call: Call, data_fd: int, buffer: memoryview) -> int:
-        count = call(data_fd, buffer)
-        if not count and len(buffer) == 4096:
-            CLOSED.wait(30)
-        return count
+        if len(buffer) != 4096:
+            return call(data_fd, buffer)
+        with lock:
+            return waits(call, data_fd, buffer)
+
+    def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
+        with lock:
+            return call(on, number, argument)
 
     bench.reads.append(read)
+    bench.ioctl(tamper)
+
+
+@mutant("SESSION-5", "threads.a-session-can-be-closed-beside-a-change")
+def a_close_beside_a_change_fails_it(bench: Bench) -> None:
+    closed: list[int] = []
+
+    class Slow(Drilled):
+        def step(self, origin: State, target: State) -> None:
+            super().step(origin, target)
+            time.sleep(0.002)
+
+    def close(call: Callable[..., None], number: int) -> None:
+        call(number)
+        closed.append(number)
+
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        closed.clear()
+        found = original(mine, target)
+        return found._replace(errno=errno.EBADF) if closed else found
+
+    bench.device = Slow
+    bench.closes.append(close)
+    bench.set_state(set_state)

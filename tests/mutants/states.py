@@ -1,4 +1,4 @@
-"""Wrong arcs, wrong arguments afterwards, wrong resets, and answers that cannot be given."""
+"""Wrong arcs, and wrong arguments afterwards."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from mutants.bench import (
-    RESET,
     SET,
     SET_STATE,
     Payload,
     end,
     look,
     mutant,
-    outcome,
     readable,
     served_as,
 )
@@ -25,8 +23,6 @@ from vfiomig.core.saving import SavingMigf
 from vfiomig.fsm import session_kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from mutants.bench import Bench, Call, SetState
     from vfiomig.abi.uapi import UapiStruct
     from vfiomig.core.vfio_device import VfioDevice
@@ -285,135 +281,25 @@ def p2p_gives_a_new_descriptor(bench: Bench) -> None:
     bench.set_state(set_state)
 
 
-# Reset.
-
-
-@mutant("RESET-1", "reset.from-stop", others=1)
-def a_reset_of_a_stopped_device_leaves_it_stopped(bench: Bench) -> None:
-    original = Migration.reset
-    bench.patch(Migration, "reset", lambda mine: 0 if mine._state is State.STOP else original(mine))
-
-
-@mutant("RESET-2", "reset.from-stop-copy", others=2, deadline=3.0)
-def a_reset_leaves_the_session_open(bench: Bench) -> None:
-    original = Migration.reset
-
-    def reset(mine: Migration) -> int:
-        if mine._state is State.STOP_COPY:
-            mine._migf = None
-        return original(mine)
-
-    bench.patch(Migration, "reset", reset)
-
-
-@mutant("RESET-2", "reset.a-reset-ends-a-load")
-def a_reset_leaves_the_load_open(bench: Bench) -> None:
-    def write(call: Call, data_fd: int, data: memoryview) -> int:
-        return len(data) if bench.migration._state is State.RUNNING else call(data_fd, data)
-
-    bench.writes.append(write)
-
-
-@mutant("ERROR-6", "reset.from-error")
-def a_reset_does_not_lead_out_of_error(bench: Bench) -> None:
-    original = Migration.reset
-    bench.patch(
-        Migration,
-        "reset",
-        lambda mine: errno.EIO if mine._state is State.ERROR else original(mine),
-    )
-
-
-@mutant("RESET-1", "reset.a-second-reset-is-as-good", others=3)
-def a_running_device_is_not_reset(bench: Bench) -> None:
-    resets: list[int] = []
-
-    def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
-        if number == RESET:
-            resets.append(1)
-            return end(errno.EBUSY) if len(resets) > 1 else call(on, number, argument)
-        if look(number, argument) == (16, SET_STATE):
-            resets.clear()
-        return call(on, number, argument)
-
-    bench.ioctl(tamper)
-
-
-# What cannot be told.
-
-
-@mutant("SET-LANDED-10", "exhaustion.no-descriptor-for-stop-copy", others=4)
-def a_change_without_a_descriptor_is_undone(bench: Bench) -> None:
-    bench.afterwards(lambda asked: asked == (16, SET_STATE), undo(bench, errno.EMFILE))
-
-
-def undo(bench: Bench, wrong: int) -> Callable[[Payload, int], None]:
-    def change(payload: Payload, result: int) -> None:
-        if result == wrong and bench.migration._state is State.STOP_COPY:
-            bench.migration.set_state(State.STOP)
-
-    return change
-
-
-@mutant("SET-LANDED-6", "exhaustion.no-descriptor-for-resuming", others=6)
-def without_a_descriptor_it_is_enomem(bench: Bench) -> None:
-    bench.swap(lambda asked: asked == (16, SET_STATE), {errno.EMFILE: errno.ENOMEM})
-
-
-@mutant("SET-LANDED-11", "exhaustion.emfile-writes-nothing")
-def emfile_writes_minus_one(bench: Bench) -> None:
-    bench.afterwards(
-        lambda asked: asked == (16, SET_STATE),
-        lambda payload, result: payload.put(4, -1) if result == errno.EMFILE else None,
-    )
-
-
-@mutant("RECOVER-6", "exhaustion.leaving-and-entering-gives-the-descriptor")
-def a_lost_descriptor_is_given_later(bench: Bench) -> None:
+@mutant("SESSION-3", "combinations.leaving-a-session-state-by-a-combination-ends-its-session")
+def a_combination_leaves_the_session_behind_it_open(bench: Bench) -> None:
     def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
-        found = original(mine, target)
-        if target == mine._state == State.STOP_COPY:
-            return found._replace(migf=mine._migf)
-        return found
-
-    bench.set_state(set_state)
-
-
-@mutant("SET-LANDED-6", "exhaustion.without-descriptors-other-states-are-reached")
-def stopping_wants_a_descriptor(bench: Bench) -> None:
-    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
-        if target == State.STOP and not bench.opened[-1].numbers.nofile:
-            return Outcome(mine._state, errno.EMFILE, None)
+        if mine._state is State.STOP_COPY and target == State.RESUMING:
+            mine._migf = None  # nobody will end it
         return original(mine, target)
 
     bench.set_state(set_state)
 
 
-@mutant("SET-LANDED-7", "exhaustion.a-session-that-cannot-be-told-is-open-all-the-same")
-def a_session_that_cannot_be_told_is_closed(bench: Bench) -> None:
-    def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
-        result = outcome(lambda: call(on, number, argument))
-        if result == errno.EFAULT and bench.migration._state is State.STOP_COPY:
-            bench.migration.set_state(State.STOP)
-        return end(result)
+@mutant(
+    "CAP-3", "combinations.a-state-that-the-device-lacks-is-refused", caps="stop-copy+p2p", others=1
+)
+def a_state_that_there_is_not_leads_back_to_running(bench: Bench) -> None:
+    def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
+        lacked = mine._state is State.RUNNING_P2P and target == State.PRE_COPY
+        return original(mine, State.RUNNING if lacked else target)
 
-    bench.ioctl(tamper)
-
-
-@mutant("SET-LANDED-4", "exhaustion.an-answer-that-cannot-be-written-hides-success")
-def a_stop_that_cannot_be_told_is_success(bench: Bench) -> None:
-    bench.swap(
-        lambda asked: asked == (16, SET_STATE) and bench.migration._state is State.STOP,
-        {errno.EFAULT: 0},
-    )
-
-
-@mutant("SET-LANDED-4", "exhaustion.an-answer-that-cannot-be-written-hides-a-refusal")
-def a_refusal_is_told_by_its_errno_alone(bench: Bench) -> None:
-    bench.swap(
-        lambda asked: asked == (16, SET_STATE) and bench.migration._state is State.RUNNING,
-        {errno.EFAULT: errno.EINVAL},
-    )
+    bench.set_state(set_state)
 
 
 @mutant("SET-LANDED-12", "combinations.after-a-refusal-the-device-goes-on")

@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from devices.drilled import Drilled
-from mutants.bench import LENGTH, end, mutant, readable, served_as
+from mutants.bench import LENGTH, RESET, end, mutant, readable, served_as
 from vfiomig import DeviceError, PrecopyInfo, State, StateReader
 from vfiomig.abi import vfio
 from vfiomig.core import precopy
@@ -67,6 +67,78 @@ def nothing_is_a_state(bench: Bench) -> None:
 @mutant("LOAD-3", "resuming.cut-by-one-byte", others=4)
 def a_state_that_is_cut_off_is_taken(bench: Bench) -> None:
     bench.device = lenient("cut")
+
+
+def takes_when(name: str, taken: Callable[[bytes, bytes], bool]) -> Callable[[Bench], None]:
+    """A device that takes states of a kind: ``taken`` is given its own and what was written."""
+
+    def body(bench: Bench) -> None:
+        class Lax(Drilled):
+            own = b""
+
+            def save(self) -> Iterator[bytes]:
+                self.own = b"".join(super().save())
+                return iter((self.own,))
+
+            def load(self, state: StateReader) -> None:
+                content = state.read(1 << 16)
+                if not taken(self.own, content):
+                    super().load(Bytes(content))
+
+        bench.device = Lax
+
+    body.__name__ = name
+    return body
+
+
+def cut_to(eighths: int) -> Callable[[bytes, bytes], bool]:
+    return lambda own, content: content == own[: LENGTH * eighths // 8]
+
+
+def damaged_in(quarter: int) -> Callable[[bytes, bytes], bool]:
+    def taken(own: bytes, content: bytes) -> bool:
+        if len(own) != len(content):
+            return False
+        low, high = LENGTH * quarter // 4, LENGTH * (quarter + 1) // 4
+        differing = [at for at in range(LENGTH) if own[at] != content[at]]
+        return bool(differing) and low <= differing[0] and differing[-1] < high
+
+    return taken
+
+
+for _name, _eighths in (("a_quarter", 2), ("a_half", 4), ("three_quarters", 6)):
+    mutant("LOAD-3", f"resuming.cut-after-{_name}".replace("_", "-"))(
+        takes_when(f"a_state_cut_after_{_name}_is_taken", cut_to(_eighths))
+    )
+for _quarter in (0, 1, 3):
+    mutant("LOAD-3", f"resuming.corrupt-in-quarter-{_quarter + 1}")(
+        takes_when(f"damage_in_quarter_{_quarter + 1}_is_taken", damaged_in(_quarter))
+    )
+
+
+@mutant("LOAD-3", "resuming.the-pre-copy-part-alone-is-refused")
+def what_pre_copy_delivers_is_a_state(bench: Bench) -> None:
+    class Idle(Drilled):
+        def load(self, state: StateReader) -> None:
+            content = state.read(1 << 16)
+            if len(content) != len(b"DRILLED1"):
+                super().load(Bytes(content))
+
+    bench.device = Idle
+
+
+@mutant("LOAD-4", "resuming.a-load-is-abandoned-by-a-reset")
+def a_reset_in_a_load_leads_to_stop(bench: Bench) -> None:
+    original = Migration.reset
+
+    def reset(mine: Migration) -> int:
+        loading = mine._state is State.RESUMING
+        result = original(mine)
+        if loading:
+            mine.set_state(State.STOP)
+        return result
+
+    bench.patch(Migration, "reset", reset)
 
 
 @mutant("LOAD-3", "resuming.more-than-a-state-is-refused")
@@ -222,6 +294,34 @@ def what_was_not_read_is_dropped(bench: Bench) -> None:
     bench.device = Sent
 
 
+@mutant("SAVE-4", "precopy.a-stream-left-in-the-middle-goes-on", others=1)
+def the_rest_of_a_message_is_dropped_at_stop_copy(bench: Bench) -> None:
+    original = SavingMigf.stop_copy
+
+    def stop_copy(mine: SavingMigf, rest: Any) -> None:
+        original(mine, rest)
+        if mine.moved:
+            mine._view = memoryview(b"")
+
+    bench.patch(SavingMigf, "stop_copy", stop_copy)
+
+
+@mutant("LOAD-1", "precopy.what-both-parts-delivered-can-be-loaded", others=1)
+def what_was_read_early_is_forgotten_by_the_checksum(bench: Bench) -> None:
+    class Forgetful(Drilled):
+        def save(self) -> Iterator[bytes]:
+            if self.sent and not self.unread():
+                self.sent = self.sent[1:]
+            return super().save()
+
+        def unread(self) -> bool:
+            """Whether some of the first part was not read in PRE_COPY."""
+            migf = bench.migration._migf
+            return migf is None or migf.moved < len(b"DRILLED1")
+
+    bench.device = Forgetful
+
+
 @mutant("SAVE-4", "precopy.a-temporary-end-is-no-end", others=4)
 def nothing_follows_the_temporary_end(bench: Bench) -> None:
     class Early(Drilled):
@@ -285,6 +385,43 @@ def initial_bytes_rise(bench: Bench) -> None:
         return result
 
     bench.ioctl(change)
+
+
+@mutant("PRECOPY-1", "precopy.initial-bytes-fall-as-they-are-read")
+def initial_bytes_stay_as_they_are(bench: Bench) -> None:
+    class Still(Drilled):
+        def precopy_info(self) -> PrecopyInfo:
+            return PrecopyInfo(8 - 8 * (not self._parts), 0)
+
+    bench.device = Still
+
+
+@mutant("PRECOPY-4", "precopy.both-numbers-zero-is-the-temporary-end")
+def dirty_bytes_are_not_counted(bench: Bench) -> None:
+    class Silent(Drilled):
+        def precopy_info(self) -> PrecopyInfo:
+            return super().precopy_info()._replace(dirty_bytes=0)
+
+    bench.device = Silent
+
+
+@mutant("PRECOPY-8", "precopy.a-new-first-part-is-announced")
+def a_new_first_part_comes_unannounced(bench: Bench) -> None:
+    def change(call: Call, on: int, number: int, argument: UapiStruct) -> int:
+        result = call(on, number, argument)
+        if isinstance(argument, vfio.PrecopyInfo) and bench.migration.precopy_v2:
+            argument.initial_bytes += 100 * (not argument.initial_bytes)
+        return result
+
+    bench.ioctl(change)
+
+
+@mutant("INFO-1", "precopy.another-request-is-enotty")
+def a_data_fd_knows_the_reset_of_its_device(bench: Bench) -> None:
+    def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
+        return end(errno.EINVAL) if on > 4 and number == RESET else call(on, number, argument)
+
+    bench.ioctl(tamper)
 
 
 @mutant("INFO-3", "precopy.argsz-holds-the-numbers")

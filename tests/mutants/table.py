@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from mutants import features, logs, sessions, states, streams
+from mutants import features, logs, resets, sessions, states, streams
 from mutants.bench import MUTANTS, Bench, Mutant
 
-__all__ = ("MUTANTS", "Bench", "Mutant", "features", "logs", "sessions", "states", "streams")
+__all__ = (
+    "MUTANTS",
+    "Bench",
+    "Mutant",
+    "features",
+    "logs",
+    "resets",
+    "sessions",
+    "states",
+    "streams",
+)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import check_program
+import descriptor_mutants
+from descriptor_mutants import FAULTS
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.checks import CHECKS, Shows
 from vfiomig.core.vfio_device import VfioDevice
@@ -59,4 +61,59 @@ def test_a_good_device_passes_every_check_that_there_is_for_it(
 def test_a_device_without_poll_deviates_in_that_alone(capfd: pytest.CaptureFixture[str]) -> None:
     others = check("pattern,size=64K,poll=none", LANDED, WAYS["cdev"], capfd)
     differing = {name for name, (verdict, _) in others.items() if verdict == "deviates"}
-    assert differing == {"sessions.a-dead-data-fd-polls-hung-up"}
+    assert differing == {
+        "sessions.a-dead-data-fd-polls-hung-up",
+        "sessions.a-data-fd-can-be-watched-by-epoll",
+        "precopy.poll-knows-the-temporary-end",
+    }
+
+
+def test_a_descriptor_that_is_not_as_it_has_to_be_is_found(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    device = VfioDevice(make(DRILLED), "vfio0", LANDED)
+    program = [sys.executable, descriptor_mutants.__file__, WAYS["cdev"]]
+    code = run([device], program, env=ENVIRONMENT)
+    output = capfd.readouterr()
+    assert code == 0, output.err
+    found = json.loads(output.out)
+    assert found.keys() == FAULTS.keys()
+    for name, (good, bad, saw) in found.items():
+        print(f"{name:<30} {FAULTS[name].check:<52} {saw}")
+        assert (good, bad in {"fail", "deviates"}) == ("pass", True), (name, bad, saw)
+
+
+def test_every_check_that_needs_a_descriptor_has_its_fault() -> None:
+    need = {row.id for row in CHECKS if Shows.DESCRIPTORS in row.shows}
+    assert need == {fault.check for fault in FAULTS.values()} | {
+        "precopy.poll-knows-the-temporary-end"
+    }
+
+
+def test_a_device_that_was_handed_over_is_checked_and_stays_open(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The program is given a descriptor, as a shell does it with 3<>PATH."""
+    device = VfioDevice(make(DRILLED), "vfio0", LANDED)
+    program = [sys.executable, "-c", HANDED_OVER, sys.executable, PROGRAM]
+    code = run([device], program, env=ENVIRONMENT)
+    output = capfd.readouterr()
+    assert code == 0, output.err
+    answer, state = output.out.splitlines()
+    others = json.loads(answer)["others"]
+    assert {verdict for verdict, _ in others.values()} == {"not_applicable"}, others
+    assert {name for name in others if name.startswith("reopen.")} == {
+        row.id for row in CHECKS if row.chapter == "reopen"
+    }
+    assert state == "RUNNING"
+
+
+#: Opens the device, has it checked, and asks afterwards where it is.
+HANDED_OVER = """
+import os, subprocess, sys
+import vfiomig
+number = os.open("/dev/vfio/devices/vfio0", os.O_RDWR)
+subprocess.run([*sys.argv[1:], f"fd:{number}"], pass_fds=[number], check=True)
+with vfiomig.open(f"fd:{number}") as device:
+    print(device.state.name)
+"""

@@ -41,7 +41,10 @@ def test_a_known_habit_is_a_deviation_and_the_check_goes_on() -> None:
     evidence.expect_errno("the end", 0, errno.ENOMSG, known={0: "FAULT-8"})
     evidence.prefer("poll", False, "POLLHUP", "0x1", "FAULT-9")
     evidence.prefer("the bytes", True, "the same", "the same", "STATE-3")
-    assert evidence.deviations == ["the end: success is known (FAULT-8)", "poll: 0x1 (FAULT-9)"]
+    assert evidence.deviations == [
+        ("the end: ENOMSG", "the end: success (FAULT-8)"),
+        ("poll: POLLHUP", "poll: 0x1 (FAULT-9)"),
+    ]
     assert evidence.saw == "the end: success; poll: 0x1; the bytes: the same"
 
 

@@ -122,7 +122,10 @@ def test_the_page_is_whole_and_refers_to_nothing_outside(report: Report) -> None
     page = Page(text)
     assert page.open == []
     assert page.tags["script"] == 0
-    assert page.references == ["data:,"]
+    icon, *anchors = page.references
+    assert icon == "data:,"
+    found = [r.check.id for r in report.results if r.verdict in {Verdict.FAIL, Verdict.DEVIATES}]
+    assert sorted(anchors) == sorted(f"#{name}" for name in found)
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text)
     assert page.tags["rect"] == 8 * 9
     assert {result.check.id for result in report.results} <= set(page.ids)
@@ -160,14 +163,56 @@ def test_a_terminal_shows_the_matrix_the_chapters_and_what_was_found(
     assert output.startswith("model:flawed: calls in this process, dialect landed, stop-copy+p2p")
     assert re.search(r"^STOP +EINVAL +ok +ok +ok \+r +", output, re.MULTILINE)
     assert re.search(r"^resuming +\d+ +\d+ +\d+ +\d+ +", output, re.MULTILINE)
-    assert "\nfail saving.what-was-saved-can-be-loaded\n" in output
-    assert "\ndeviates resuming.an-empty-state-is-refused\n" in output
+    failed = output.index("\nfail saving.what-was-saved-can-be-loaded\n")
+    deviates = output.index("\ndeviates resuming.an-empty-state-is-refused\n")
+    assert failed < deviates
     assert "saw       an empty state: it was taken (FAULT-12, FAULT-16)" in output
+    assert "FAULT rules tell what drivers are known to do" in output
     assert [line for line in output.splitlines() if len(line) > 110] == []
     summary = output.splitlines()[-1]
     assert re.fullmatch(
         r"\d+ pass, \d+ fail, \d+ deviates, \d+ not applicable, \d+ not run, in \d+\.\d s", summary
     )
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        (
+            100,
+            r"^STOP_COPY +EINVAL = ok x ok x +ok = +ok \+w x +ok x +EINVAL = EINVAL = EINVAL = *$",
+        ),
+        (80, r"^STOP_COPY +EINVAL= okx +okx +ok= +ok\+wx +okx +EINVAL= EINVAL= EINVAL= *$"),
+        (60, r"^from STOP_COPY to ERROR EINVAL =, STOP ok x, RUNNING ok x, *$"),
+    ],
+)
+def test_the_matrix_fits_the_terminal(
+    columns: int,
+    row: str,
+    report: Report,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    pairs = [result for result in report.results if result.check.pair is not None]
+    show(report._replace(target="model:flawed", results=pairs))
+    output = capsys.readouterr().out
+    assert re.search(row, output, re.MULTILINE), output
+
+
+def test_many_checks_that_were_not_run_are_told_by_their_chapters(
+    report: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = [Result(check, Verdict.NOT_RUN, "", "", "it is lost") for check in CHECKS]
+    lost = report._replace(target="model:flawed", results=results, lost="it is lost")
+    show(lost._replace(interrupted=True))
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"not run: {len(CHECKS)} checks: " in output
+    assert "72 of states, " in output
+    assert output.endswith("in 0.0 s, interrupted")
+    page = as_html(lost._replace(interrupted=True))
+    assert "<dt>lost</dt><dd>it is lost</dd>" in page
+    assert "<dt>interrupted</dt>" in page
 
 
 def test_every_check_can_be_told_in_all_forms() -> None:

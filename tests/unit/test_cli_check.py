@@ -5,8 +5,10 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +69,10 @@ def test_a_check_that_fails_is_1(
     ("arguments", "sentence"),
     [
         ((), "name a device: vfiomig check /dev/vfio/devices/vfio0, or model:counter"),
+        (("model:counter", "--fd", "3"), "model:counter and --fd 3 are two devices: leave one out"),
+        (("--fd", "-3"), "--fd -3: give the number of an open descriptor"),
+        (("--fd", "77"), "descriptor 77 cannot be opened: EBADF; hand it over"),
+        (("--fd", "77", "--dialect", "v6"), "the dialect of fd:77 is its own"),
         (("model:nothing",), "no device is called 'nothing'"),
         (("/dev/vfio/devices/vfio77",), "vfio77 cannot be opened: ENOENT"),
         (("model:counter", "--only", "nothing"), "no check is called 'nothing'"),
@@ -148,6 +154,55 @@ def test_a_check_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
 def test_v6_is_checked_where_a_model_is_served_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert check("model:counter", "--dialect", "v6", "--only", "v6", "--json") == 0
     assert json.loads(capsys.readouterr().out)["summary"]["pass"] == 11
+
+
+#: Tells its file when it is in the middle of a check, and stays there for a while.
+LONG = """
+import time
+from pathlib import Path
+from vfiomig import Device, State
+
+class Long(Device):
+    def save(self):
+        return [b"state"]
+    def load(self, state):
+        state.read(6)
+    def step(self, origin, target):
+        if target is State.STOP_COPY:
+            Path(__file__).with_suffix(".reached").touch()
+            time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize("form", ["--json", ""])
+def test_after_ctrl_c_what_was_found_is_printed_and_written(form: str, tmp_path: Path) -> None:
+    file, junit, html = (tmp_path / name for name in ("long.py", "junit.xml", "page.html"))
+    file.write_text(LONG)
+    words = [f"model:{file}:Long", "--only", "states", f"--junit={junit}", f"--html={html}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "vfiomig", "check", *words, *form.split()],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 30
+        while not file.with_suffix(".reached").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == ""
+    assert len(ET.parse(junit).getroot()[0]) == 72
+    assert "interrupted" in html.read_text()
+    if form:
+        counts = json.loads(output)["summary"]
+        assert sum(counts.values()) == 72
+        assert counts["not_run"] > 40
+    else:
+        assert output.splitlines()[-1].endswith(", interrupted")
 
 
 def test_a_terminal_sees_how_far_it_is() -> None:

@@ -34,6 +34,7 @@ class Driver:
     device = 3
     iommufd = NO_FD
     about: ClassVar[dict[str, str | int | bool]] = {}
+    lost = ""
 
     def __init__(self) -> None:
         self.state = int(State.RUNNING)

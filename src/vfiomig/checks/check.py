@@ -52,8 +52,8 @@ SHOWN: Final = {
     Shows.MEANING: "what a descriptor means is decided on this side of the socket",
     Shows.ALL_REQUESTS: "vfio-user without its extension has no message for this, and one errno "
     "for whatever a server lacks",
+    Shows.REOPENING: "the device was handed over: it is not closed as long as its giver has it",
 }
-
 
 #: What a check that sees something is only for.
 FOR: Final = {
@@ -62,6 +62,7 @@ FOR: Final = {
     Shows.EXHAUSTION: "requests that are calls, not messages",
     Shows.MEANING: "requests that are calls, not messages",
     Shows.ALL_REQUESTS: "targets other than vfio-user without mig_stream",
+    Shows.REOPENING: "devices that were not handed over",
 }
 
 
@@ -97,6 +98,8 @@ class Check:
     lever: str = ""
     #: Whether it makes sense on a device that cannot migrate.
     without_migration: bool = False
+    #: Whether it looks at the device as it is, and not in RUNNING as new.
+    as_it_is: bool = False
     #: The pair of states that it is about.
     pair: tuple[int, int] | None = None
 
@@ -151,6 +154,7 @@ class Columns(TypedDict, total=False):
     danger: Danger
     lever: str
     without_migration: bool
+    as_it_is: bool
     pair: tuple[int, int]
 
 

@@ -56,6 +56,21 @@ def ask(subject: Subject, flags: int, size: int = 0, argsz: int | None = None) -
     return answer.errno
 
 
+@CHAPTER.check(
+    "STATE-2", "CLOSE-2", "GET-LANDED-5", "SET-V6-13",
+    section="enum vfio_device_mig_state", shows=Shows.REOPENING, as_it_is=True,
+)  # fmt: skip
+def an_untouched_device_is_in_running(subject: Subject) -> None:
+    """Before anything was asked of it a device is in RUNNING, and says so.
+
+    V6 has no query, so ERROR is asked for there, which is refused and tells the state.
+    """
+    subject.evidence.step("ask for the state")
+    reply = subject.raw.get_state()
+    subject.evidence.expect_errno("the query of the state", reply.errno, 0)
+    subject.evidence.expect_state("the state", reply.device_state, State.RUNNING)
+
+
 @CHAPTER.check("DIALECT-3", "FEATURE-13", section="VFIO_DEVICE_FEATURE_MIGRATION")
 def a_probe_finds_migration(subject: Subject) -> None:
     """A PROBE of MIGRATION succeeds, alone and together with GET."""

@@ -18,6 +18,7 @@ from vfiomig.checks.evidence import errno_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import Pages
 from vfiomig.checks.raw import GET, PROBE, SET
+from vfiomig.checks.resets import reset
 from vfiomig.fsm import State
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def start(
         num_ranges=len(ranges) if count is None else count,
         ranges=address if address is not None else ctypes.addressof(place) if place else 0,
     )
-    step = subject.evidence.step(f"START of {control.num_ranges} ranges, page size {page_size:#x}")
+    of = "1 range" if control.num_ranges == 1 else f"{control.num_ranges} ranges"
+    step = subject.evidence.step(f"START of {of}, page size {page_size:#x}")
     answer = subject.raw.feature(SET | START, bytes(control))
     subject.evidence.outcome(step, errno_text(answer.errno))
     return answer.errno, vfio.DmaLoggingControl.parse(answer.payload).page_size
@@ -344,6 +346,16 @@ def states_do_not_matter_to_the_log(subject: Subject) -> None:
             subject.go(state)
             what = f"REPORT in {state.name}"
             subject.evidence.expect_errno(what, report(subject), 0, known=STUB)
+
+
+@CHAPTER.check("LOG-2", "ERROR-7", section="VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP")
+def after_a_reset_it_can_be_started_anew(subject: Subject) -> None:
+    """Whatever a reset made of the log: STOP succeeds after it, START too, and REPORT."""
+    with logging(subject):
+        reset(subject)
+        subject.evidence.expect_errno("STOP after the reset", stop(subject), 0)
+    with logging(subject):
+        subject.evidence.expect_errno("REPORT", report(subject), 0, known=STUB)
 
 
 # What the reports say.

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 __all__ = (
     "Broken",
     "Evidence",
+    "Gone",
     "Inapplicable",
+    "Stuck",
     "Unrun",
     "Verdict",
     "errno_text",
@@ -62,6 +64,14 @@ class Unrun(Exception):
     """What has to happen before did not work, and is the subject of another check."""
 
 
+class Gone(Exception):
+    """No request reaches the device any more; the message says why."""
+
+
+class Stuck(Exception):
+    """The device is there, and nothing brings it to where a check can begin."""
+
+
 def errno_text(number: int) -> str:
     """Name a result: an errno, or 0."""
     if number == errno.EOPNOTSUPP:
@@ -83,8 +93,8 @@ class Evidence:
         self._expected: list[str] = []
         self._saw: list[str] = []
         self._seen_alike: set[tuple[str, str, str]] = set()
-        #: Known habits that were met, with the rule that tells them.
-        self.deviations: list[str] = []
+        #: Known habits that were met: what was expected instead, and what was seen, with the rule.
+        self.deviations: list[tuple[str, str]] = []
 
     # What it does.
 
@@ -112,12 +122,13 @@ class Evidence:
         show: Callable[[T], str] = str,
     ) -> None:
         """Compare; ``others`` are as good as ``wanted``, ``known`` leads from habits to rules."""
-        self._note(what, " or ".join(dict.fromkeys(map(show, (wanted, *others)))), show(got))
+        wish = " or ".join(dict.fromkeys(map(show, (wanted, *others))))
+        self._note(what, wish, show(got))
         if got in (wanted, *others):
             return
         if known is None or got not in known:
             raise Broken
-        self.deviations.append(f"{what}: {show(got)} is known ({known[got]})")
+        self._deviate(what, wish, show(got), known[got])
 
     def expect_errno(
         self, what: str, got: int, wanted: int, *others: int, known: Mapping[int, str] | None = None
@@ -139,7 +150,12 @@ class Evidence:
         """Note what a device may leave out: if it does, it deviates."""
         self._note(what, wanted, saw)
         if not holds:
-            self.deviations.append(f"{what}: {saw} ({rule})")
+            self._deviate(what, wanted, saw, rule)
+
+    def _deviate(self, what: str, wanted: str, saw: str, rule: str) -> None:
+        met = (f"{what}: {wanted}", f"{what}: {saw} ({rule})")
+        if met not in self.deviations:
+            self.deviations.append(met)
 
     def _note(self, what: str, wanted: str, saw: str) -> None:
         if (what, wanted, saw) in self._seen_alike:

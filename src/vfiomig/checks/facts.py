@@ -47,6 +47,8 @@ class Shows(enum.Flag):
     MEANING = enum.auto()
     #: Every request of the kernel has its like, and every errno its meaning.
     ALL_REQUESTS = enum.auto()
+    #: Its last descriptor can be closed, and the device be opened again.
+    REOPENING = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +103,12 @@ def look(client: DeviceClient) -> Facts:
 def shown_by(transport: Transport) -> Shows:
     """Tell what can be seen through a transport."""
     if isinstance(transport, KernelTransport):
-        return ~Shows(0)
+        # One that was handed over is its giver's as well.
+        return ~Shows.REOPENING if "descriptor" in transport.about else ~Shows(0)
     if isinstance(transport, LocalTransport):
         return ~Shows.DESCRIPTORS
-    return Shows.ALL_REQUESTS if transport.about.get("mig_stream") else Shows(0)
+    requests = Shows.ALL_REQUESTS if transport.about.get("mig_stream") else Shows(0)
+    return requests | Shows.REOPENING
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ("PAGE", "Pages", "map_descriptor")
+__all__ = ("PAGE", "Pages", "buffer_at", "map_descriptor")
 
 PAGE = mmap.PAGESIZE
 FAILED = ctypes.c_void_p(-1).value
@@ -33,6 +33,12 @@ def map_descriptor(number: int) -> int:
         return ctypes.get_errno()
     _libc.munmap(address, PAGE)
     return 0
+
+
+def buffer_at(address: int, size: int) -> memoryview:
+    """Return memory that may not be there as a buffer."""
+    area = (ctypes.c_char * size).from_address(address)
+    return memoryview(area).cast("B")
 
 
 class Pages:

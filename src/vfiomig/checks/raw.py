@@ -2,7 +2,8 @@
 
 ``DeviceClient`` is a good citizen: it sends no request that it knows to be wrong, and reads every
 answer for its user. A checker needs the bad requests, every field of the answers, and the errno.
-A result here is an errno, 0 for success; a failure of the device raises nothing.
+A result here is an errno, 0 for success; a failure of the device raises nothing, but for the last
+one: a connection that is no more.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import Dialect
+from vfiomig.checks.evidence import Gone
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from vfiomig.abi.uapi import UapiStruct
@@ -30,6 +34,9 @@ STATE = vfio.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE
 
 #: Stored in ``data_fd`` before a request: what is still there afterwards nobody has written.
 UNSET_FD = -77
+
+#: How often in a row a call is made again that was interrupted.
+INTERRUPTED = 1000
 
 
 class Reply(NamedTuple):
@@ -63,16 +70,31 @@ class Raw:
     def __init__(self, client: DeviceClient) -> None:
         self.transport: Transport = client._transport
         self.dialect = client.dialect
+        #: Set when the device is closed beside a check that hangs: the numbers of its descriptors
+        #: will be somebody else's.
+        self.barred = False
 
-    def ioctl(self, on: int, number: int, argument: UapiStruct | None = None) -> int:
-        while True:
+    def _outcome(self, call: Callable[[], int]) -> int:
+        """Make a call, again if it is interrupted; return its result, or a negative errno.
+
+        Raises:
+            Gone: no call reaches the device any more.
+        """
+        for _ in range(INTERRUPTED):
+            if self.barred:
+                raise Gone("it was closed meanwhile")
             try:
-                self.transport.ioctl(on, number, argument)
+                return call()
             except InterruptedError:
                 continue
             except OSError as failure:
-                return failure.errno or errno.EIO
-            return 0
+                if self.transport.lost:
+                    raise Gone(self.transport.lost) from None
+                return -(failure.errno or errno.EIO)
+        return -errno.EINTR
+
+    def ioctl(self, on: int, number: int, argument: UapiStruct | None = None) -> int:
+        return -min(0, self._outcome(lambda: self.transport.ioctl(on, number, argument)))
 
     def on_device(self, number: int, argument: UapiStruct | None = None) -> int:
         return self.ioctl(self.transport.device, number, argument)
@@ -128,26 +150,16 @@ class Raw:
     def read(self, data_fd: int, buffer: WriteableBuffer) -> int:
         """Read; return how many bytes came, or a negative errno."""
         view = memoryview(buffer).cast("B")
-        while True:
-            try:
-                return self.transport.readinto(data_fd, view)
-            except InterruptedError:
-                continue
-            except OSError as failure:
-                return -(failure.errno or errno.EIO)
+        return self._outcome(lambda: self.transport.readinto(data_fd, view))
 
     def write(self, data_fd: int, data: ReadableBuffer) -> int:
         """Write; return how many bytes were taken, or a negative errno."""
         view = memoryview(data).cast("B")
-        while True:
-            try:
-                return self.transport.write(data_fd, view)
-            except InterruptedError:
-                continue
-            except OSError as failure:
-                return -(failure.errno or errno.EIO)
+        return self._outcome(lambda: self.transport.write(data_fd, view))
 
     def close(self, number: int) -> int:
+        if self.barred:
+            return errno.EBADF
         try:
             self.transport.close(number)
         except OSError as failure:

@@ -112,11 +112,7 @@ def after_a_reset_a_whole_session_works(subject: Subject) -> None:
         subject.begin()
         subject.session(state)
         reset(subject)
-        saved = subject.stopped_state()
-        loading = subject.session(State.RESUMING)
-        what = f"after a reset in {state.name}"
-        subject.evidence.expect_errno(what, subject.write_all(loading, saved), 0)
-        subject.evidence.expect_errno(what, subject.request(State.STOP).errno, 0)
+        subject.expect_taken(subject.stopped_state(), f" after a reset in {state.name}")
         subject.close_all()
 
 

@@ -129,10 +129,10 @@ def a_saving_data_fd_polls_readable(subject: Subject) -> None:
     """In STOP_COPY a data_fd is readable, with data and at the permanent end."""
     data_fd = subject.session(State.STOP_COPY)
     seen = _poll(subject, data_fd)
-    subject.evidence.expect_that("poll with data", seen & select.POLLIN, "POLLIN", f"{seen:#x}")
+    subject.evidence.expect_that("poll with data", seen & select.POLLIN, "POLLIN", poll_text(seen))
     subject.drain(data_fd)
     seen = _poll(subject, data_fd)
-    subject.evidence.expect_that("poll at the end", seen & select.POLLIN, "POLLIN", f"{seen:#x}")
+    subject.evidence.expect_that("poll at the end", seen & select.POLLIN, "POLLIN", poll_text(seen))
 
 
 @CHAPTER.check("POLL-2", "POLL-3", shows=Shows.DESCRIPTORS, section=POLL)
@@ -144,19 +144,44 @@ def a_dead_data_fd_polls_hung_up(subject: Subject) -> None:
     data_fd = subject.session(State.STOP_COPY)
     subject.go(State.STOP)
     seen = _poll(subject, data_fd)
-    subject.evidence.expect_that("poll", seen & select.POLLIN, "POLLIN", f"{seen:#x}")
+    subject.evidence.expect_that("poll", seen & select.POLLIN, "POLLIN", poll_text(seen))
     subject.evidence.prefer(
-        "hang-up", seen & select.POLLHUP, "POLLHUP", f"{seen:#x}", "POLL-3, FAULT-9"
+        "hang-up", seen & select.POLLHUP, "POLLHUP as well", poll_text(seen), "POLL-3, FAULT-9"
+    )
+
+
+@CHAPTER.check("POLL-3", shows=Shows.DESCRIPTORS, section=POLL)
+def a_data_fd_can_be_watched_by_epoll(subject: Subject) -> None:
+    """Epoll takes a data_fd; of drivers without poll it does not (EPERM)."""
+    data_fd = subject.session(State.STOP_COPY)
+    with select.epoll() as watcher:
+        subject.evidence.step("EPOLL_CTL_ADD")
+        result = os_errno(lambda: watcher.register(data_fd, select.EPOLLIN))
+    subject.evidence.expect_errno(
+        "EPOLL_CTL_ADD", result, 0, known={errno.EPERM: "POLL-3, FAULT-9"}
     )
 
 
 def _poll(subject: Subject, data_fd: int) -> int:
     """Poll until something is there, which it is at once or soon."""
-    subject.evidence.step("poll")
+    step = subject.evidence.step("poll for POLLIN")
+    seen = poll(data_fd, max(0.0, subject.left / 2))
+    subject.evidence.outcome(step, poll_text(seen))
+    return seen
+
+
+def poll(data_fd: int, seconds: float) -> int:
+    """Return what is there of a data_fd, nothing if that does not come in time."""
     poller = select.poll()
     poller.register(data_fd, select.POLLIN)
-    ready = poller.poll(max(0.0, subject.left * 500))
+    ready = poller.poll(seconds * 1000)
     return ready[0][1] if ready else 0
+
+
+def poll_text(seen: int) -> str:
+    """Name what poll has seen."""
+    names = ("POLLIN", "POLLPRI", "POLLOUT", "POLLERR", "POLLHUP", "POLLNVAL")
+    return " and ".join(name for name in names if seen & getattr(select, name)) or "nothing"
 
 
 # Its end.

@@ -41,6 +41,7 @@ CHAPTER = Chapter(
 
 #: Numbers that are no state: the count of states, one more, and the largest.
 OUT_OF_RANGE: Final = (8, 9, 0xFFFF_FFFF)
+LACKING: Final = "On a device that lacks the target it is EINVAL."
 
 #: Arcs of devices that lack states between; all others are those of the full set, in their order.
 SHORTER: Final = {
@@ -194,7 +195,7 @@ def _declare() -> None:
                 _sentence(origin, target),
                 rules,
                 partial(check_pair, origin, target),
-                "On a device that lacks the target it is EINVAL." if "CAP-3" in rules else "",
+                "" if blocked or "CAP-3" not in rules else LACKING,
                 **row,
             )
         CHAPTER.add(

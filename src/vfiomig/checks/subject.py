@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.checks.beside import Beside
-from vfiomig.checks.evidence import Evidence, Inapplicable, Unrun, errno_text, state_text
+from vfiomig.checks.evidence import (
+    Evidence,
+    Gone,
+    Inapplicable,
+    Stuck,
+    Unrun,
+    errno_text,
+    state_text,
+)
 from vfiomig.checks.facts import no_descriptor_left
 from vfiomig.checks.stream import CHUNK, StateTooLong, Stream, first_difference
 from vfiomig.client.transport import NO_FD
@@ -58,7 +66,9 @@ class Subject:
         state_limit: int,
         dangerous: bool = False,
     ) -> None:
-        self.target = target
+        self._target = target
+        #: Whether it was given up: who still runs it has nothing to do with the device any more.
+        self.given_up = False
         self.facts = facts
         self.levers = levers
         self.evidence = Evidence()
@@ -72,6 +82,13 @@ class Subject:
         self._beside: list[Beside[object]] = []
 
     # What is where.
+
+    @property
+    def target(self) -> Target:
+        """What is checked; ``Gone`` for a check that was given up, whatever it hangs in."""
+        if self.given_up:
+            raise Gone("it was closed meanwhile")
+        return self._target
 
     @property
     def client(self) -> DeviceClient:
@@ -298,6 +315,13 @@ class Subject:
             raise Unrun(f"the device does not take its own state: {errno_text(failure)}")
         return data_fd
 
+    def expect_taken(self, state: memoryview, when: str = "") -> None:
+        """Load a state that is the device's own; ``Broken`` if it is not taken."""
+        failure = self.write_all(self.session(State.RESUMING), state)
+        self.evidence.expect_errno(f"the writes{when}", failure, 0)
+        left = self.request(State.STOP).errno
+        self.evidence.expect_errno(f"RESUMING -> STOP{when}", left, 0)
+
     def lives(self, data_fd: int) -> bool:
         """Tell whether a session is alive; a byte may move, and nothing else is done with it."""
         kind = self._data_fds[data_fd]
@@ -383,17 +407,25 @@ class Subject:
     # The two ends of a check.
 
     def begin(self) -> None:
-        """Bring the device to RUNNING, as new."""
-        refusal = self.raw.reset()
-        if self.state() == State.RUNNING:
+        """Bring the device to RUNNING, as new.
+
+        Raises:
+            Stuck: neither a reset, nor a request, nor a close and an open do that.
+        """
+        answer = self.raw.reset()
+        if self.target.is_running():
             return
-        if self.raw.set_state(State.RUNNING).errno == 0 and self.state() == State.RUNNING:
+        asked = self.raw.set_state(State.RUNNING).errno
+        if self.target.is_running():
             return
         self.target.reopen()
-        if self.state() != State.RUNNING:
-            raise Unrun(
-                f"the device is in {state_text(self.state())}, and nothing brings it to RUNNING: "
-                f"RESET answers {errno_text(refusal)}"
+        if not self.target.is_running():
+            told = self.raw.get_state()
+            where = f"tells {errno_text(told.errno)}" if told.errno else ""
+            raise Stuck(
+                f"the device {where or f'is in {state_text(told.device_state)}'}, and nothing "
+                f"brings it to RUNNING: RESET answers {errno_text(answer)}, SET RUNNING "
+                f"{errno_text(asked)}, and closing and opening it changes nothing"
             )
 
     def end(self) -> None:
@@ -401,8 +433,8 @@ class Subject:
         if not self.target.is_open:
             return
         self.close_all()
-        if self.facts.capabilities and self.raw.get_state().device_state != State.RUNNING:
-            self.raw.reset()
+        if self.facts.capabilities:
+            self.target.leave_running()
         for thread in self._beside:
             thread.wait()
 

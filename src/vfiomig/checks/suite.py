@@ -4,10 +4,12 @@ Theory of operation
 -------------------
 Each check runs in a thread of its own, with a deadline. One that is not over by then has failed,
 with the step that it hangs in; its client is closed, which wakes whoever is blocked in a read, and
-the next check gets a new one. If the device does not come back at all, every later check says so
-instead of being run.
+the next check gets a new one. A check during which the device goes away has failed too. If the
+device does not come back at all, or nothing brings it to RUNNING any more, it is lost: every later
+check says so instead of being run.
 
-A check ends with the device in RUNNING wherever that can be done: see ``subject``.
+A check ends with the device in RUNNING wherever that can be done: see ``subject``. So does a run
+that its user interrupts, after which the report tells what was found until then.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import errno
 import logging
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfiomig.checks.check import Levers
-from vfiomig.checks.evidence import Broken, Inapplicable, Unrun, Verdict
+from vfiomig.checks.evidence import Broken, Gone, Inapplicable, Stuck, Unrun, Verdict
 from vfiomig.checks.stream import STATE_LIMIT
 from vfiomig.checks.subject import Subject
 from vfiomig.checks.target import Hung, Target, in_time
@@ -41,6 +44,8 @@ log = logging.getLogger("vfiomig.checks")
 
 #: What a result says when a check itself, or a lever of the device, does not work.
 BUG = "the check itself failed; please report it"
+END_IN_TIME = "an end in time"
+INTERRUPTED = "the run was interrupted"
 #: Seconds that a check may take.
 DEADLINE = 20.0
 
@@ -65,6 +70,10 @@ class Report(NamedTuple):
     target: str
     facts: Facts
     results: Sequence[Result]
+    #: Why later checks could not run; nothing if the device was there to the end.
+    lost: str = ""
+    #: Whether the user ended the run before its end.
+    interrupted: bool = False
 
     @property
     def summary(self) -> dict[Verdict, int]:
@@ -101,7 +110,9 @@ class Suite:
         self._state_limit = state_limit
         self._target = Target(maker, deadline)
         #: Why no check can run any more.
-        self._lost = ""
+        self.lost = ""
+        #: Whether the user has interrupted a check.
+        self.interrupted = False
         try:
             self.facts = self._target.open()
         except BaseException as problem:
@@ -120,21 +131,44 @@ class Suite:
     def run(
         self, checks: Sequence[Check], hear: Callable[[Check | Result], None] = lambda _: None
     ) -> Report:
-        """Run checks; ``hear`` is told each one that begins, and what came of it."""
-        results = []
-        for check in checks:
-            hear(check)
-            result = self.run_check(check)
-            results.append(result)
-            hear(result)
-        return Report(self.name, self.facts, results)
+        """Run checks; ``hear`` is told each one that begins, and what came of it.
+
+        Ctrl-C ends the run, and the report says of which checks it did so.
+        """
+        results: list[Result] = []
+        try:
+            for check in checks:
+                hear(check)
+                results.append(self.run_check(check))
+                hear(results[-1])
+                if self.interrupted:
+                    break
+        except KeyboardInterrupt:  # between two checks
+            self.interrupted = True
+        if self.interrupted:
+            left = checks[len(results) :]
+            results += [Result(check, Verdict.NOT_RUN, "", "", INTERRUPTED) for check in left]
+        with suppress(KeyboardInterrupt):  # once more: it is let go of as it is
+            self._leave_running()
+        return Report(self.name, self.facts, results, self.lost, self.interrupted)
+
+    def _leave_running(self) -> None:
+        """Leave the device in RUNNING, or say that it is not."""
+        self._open_if_closed()
+        if self.lost:
+            log.warning("%s is left as it is: %s", self.name, self.lost)
+        elif self.facts.capabilities:
+            with suppress(Gone, Hung):
+                if not in_time(self._target.leave_running, self._deadline):
+                    log.warning("%s is not in RUNNING, and nothing brings it there", self.name)
 
     def run_check(self, check: Check) -> Result:
+        """Run one check. After Ctrl-C it was not run, and ``interrupted`` is set."""
         reason = check.why_inapplicable(self.facts)
         if reason:
             return Result(check, Verdict.NOT_APPLICABLE, "", "", reason)
         self._open_if_closed()
-        reason = self._lost or self._why_unrun(check)
+        reason = self.lost or self._why_unrun(check)
         if reason:
             return Result(check, Verdict.NOT_RUN, "", "", reason)
         started = time.monotonic()
@@ -163,10 +197,11 @@ class Suite:
         evidence = subject.evidence
         try:
             in_time(lambda: _carry_out(check, subject), self._deadline + 1)
-        except Hung:
-            self._target.close()
-            saw = f"still under way after {self._deadline:g} s: {evidence.last_step}"
-            return Verdict.FAIL, "an end in time", saw
+        except (Hung, Gone, KeyboardInterrupt) as end:
+            return self._cut_short(subject, end)
+        except Stuck as reason:
+            self.lost = str(reason)
+            return Verdict.NOT_RUN, "", self.lost
         except Broken:
             return Verdict.FAIL, *evidence.first_difference
         except Inapplicable as reason:
@@ -179,16 +214,29 @@ class Suite:
             log.exception("%s", check.id)
             return Verdict.NOT_RUN, "", f"{BUG}: {type(bug).__name__}: {bug}"
         if evidence.deviations:
-            return Verdict.DEVIATES, evidence.expected, "; ".join(evidence.deviations)
+            expected, saw = map("; ".join, zip(*evidence.deviations, strict=True))
+            return Verdict.DEVIATES, expected, saw
         return Verdict.PASS, evidence.expected, evidence.saw
 
+    def _cut_short(self, subject: Subject, end: BaseException) -> tuple[Verdict, str, str]:
+        """Close the device beside a check that may still use it, and judge that one."""
+        step = subject.evidence.last_step
+        subject.given_up = True
+        self._target.abandon()
+        if isinstance(end, Hung):
+            return Verdict.FAIL, END_IN_TIME, f"still under way after {self._deadline:g} s: {step}"
+        if isinstance(end, Gone):
+            return Verdict.FAIL, "a device that answers", f"{end}; under way: {step}"
+        self.interrupted = True
+        return Verdict.NOT_RUN, "", f"{INTERRUPTED}; under way: {step}"
+
     def _open_if_closed(self) -> None:
-        if self._target.is_open or self._lost:
+        if self._target.is_open or self.lost:
             return
         try:
             self._target.reopen()
         except Unrun as reason:
-            self._lost = f"an earlier check has lost the device: {reason}"
+            self.lost = f"an earlier check has lost the device: {reason}"
 
     def close(self) -> None:
         """Close the device."""
@@ -208,7 +256,7 @@ class Suite:
 
 def _carry_out(check: Check, subject: Subject) -> None:
     """Run the body of a check between the two ends that every check has."""
-    if subject.facts.capabilities:
+    if subject.facts.capabilities and not check.as_it_is:
         subject.begin()
     try:
         check.body(subject)

@@ -13,6 +13,7 @@ from vfiomig.checks.evidence import Unrun
 from vfiomig.checks.facts import look
 from vfiomig.checks.raw import Raw
 from vfiomig.errors import RequestError
+from vfiomig.fsm import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,6 +121,30 @@ class Target:
             raise Unrun(f"the device cannot be opened again: {refusal.strerror}") from None
         except Hung:
             raise Unrun(f"opening it again takes more than {self._patience:g} s") from None
+
+    def is_running(self) -> bool:
+        """Tell whether the device says that it is in RUNNING."""
+        told = self.raw.get_state()
+        return not told.errno and told.device_state == State.RUNNING
+
+    def leave_running(self) -> bool:
+        """Bring the device to RUNNING by what there is; tell whether that was possible."""
+        ways: tuple[Callable[[], object], ...] = (
+            lambda: None,
+            self.raw.reset,
+            lambda: self.raw.set_state(State.RUNNING),
+        )
+        for way in ways:
+            way()
+            if self.is_running():
+                return True
+        return False
+
+    def abandon(self) -> None:
+        """Close what is open beside a check that hangs, which makes no request from here on."""
+        if self._raw is not None:
+            self._raw.barred = True
+        self.close()
 
     def close(self) -> None:
         """Close what is open. A device that does not let go of its descriptors is left with them."""

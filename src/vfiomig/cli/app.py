@@ -45,6 +45,8 @@ class Verb:
     target: str
     summary: str
     examples: tuple[str, ...]
+    #: What else its user has to know, line by line.
+    notes: tuple[str, ...] = ()
 
 
 VERBS: Final = (
@@ -66,6 +68,7 @@ VERBS: Final = (
         (
             "vfiomig info /dev/vfio/devices/vfio0",
             "vfiomig info model:virtio_blk,size=64M",
+            "vfiomig info --fd 3 3<>/dev/vfio/devices/vfio0",
             "vfiomig info model:counter --dialect v6 --json",
         ),
     ),
@@ -77,7 +80,18 @@ VERBS: Final = (
             "vfiomig check /dev/vfio/devices/vfio0",
             "vfiomig check model:pattern,size=1M --html report.html",
             "vfiomig check model:counter --only sessions --only 'resuming.cut*' --json",
+            "vfiomig check --fd 3 3<>/dev/vfio/devices/vfio0",
             "vfiomig check --explain states.stop-copy-to-pre-copy",
+        ),
+        (
+            "The device must be nobody else's meanwhile. It is used in every way that the",
+            "protocol has, and left in RUNNING; what it holds is lost.",
+            "",
+            "Exit codes:",
+            "  0    no check failed",
+            "  1    at least one did",
+            "  2    usage, or the device cannot be reached, or is lost on the way",
+            "  130  Ctrl-C; what was found until then is told and written all the same",
         ),
     ),
     Verb(
@@ -143,12 +157,17 @@ def application(verbs: Sequence[Verb] = VERBS) -> App:
             verb.target,
             name=verb.name,
             help=verb.summary,
-            help_epilogue="\n  ".join(("Examples:", *verb.examples)),
+            help_epilogue=_epilogue(verb),
         )
     app.register_install_completion_command(
         help="Install completion for bash, zsh or fish and load it in the shell's start file."
     )
     return app
+
+
+def _epilogue(verb: Verb) -> str:
+    examples = "\n  ".join(("Examples:", *verb.examples))
+    return "\n".join((examples, "", *verb.notes)) if verb.notes else examples
 
 
 def main(arguments: Sequence[str], verbs: Sequence[Verb] = VERBS) -> int:

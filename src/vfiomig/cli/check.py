@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import signal
 from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation at run time
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from cyclopts import Parameter
 from vfiomig.abi.ioctls import Dialect  # noqa: TC001 - likewise
 from vfiomig.checks import DEADLINE, Suite, choose, find
 from vfiomig.cli.check_table import Progress, explain_check, list_checks, show
+from vfiomig.cli.targets import named
 from vfiomig.client import target_maker
 from vfiomig.errors import PrerequisiteError, SpecError
 from vfiomig.models import parse_size
@@ -24,16 +26,18 @@ if TYPE_CHECKING:
 __all__ = ("check",)
 
 FLAG = Parameter(negative=(), show_default=False)
+UNSET = Parameter(show_default=False)
 PATTERNS = Parameter(negative=(), show_default=False)
 
 
 def check(
-    target: str = "",
+    target: Annotated[str, UNSET] = "",
     *,
+    fd: int | None = None,
     only: Annotated[list[str] | None, PATTERNS] = None,
     skip: Annotated[list[str] | None, PATTERNS] = None,
     list: Annotated[bool, FLAG] = False,  # noqa: A002 - the option's name
-    explain: str = "",
+    explain: Annotated[str, UNSET] = "",
     dangerous: Annotated[bool, FLAG] = False,
     dialect: Dialect | None = None,
     deadline: float = DEADLINE,
@@ -42,17 +46,15 @@ def check(
     junit: Path | None = None,
     html: Path | None = None,
 ) -> int:
-    """Check whether a device keeps the protocol.
-
-    The device is opened, used in every way that the protocol has, and left in RUNNING. It must be
-    nobody else's meanwhile, and what it holds is lost. The exit code is 0 if no check failed, 1
-    if one did, and 2 if the device cannot be reached.
+    """Check whether a device keeps the protocol; its exit codes stand with the verb, in ``app``.
 
     Parameters
     ----------
     target:
-        /dev/vfio/devices/vfioN, /dev/vfio/GROUP[:NAME], a PCI address, an mdev uuid,
+        /dev/vfio/devices/vfioN, /dev/vfio/GROUP[:NAME], a PCI address, an mdev uuid, fd:N,
         vfio-user:PATH, or model:SPEC for a device of this program's own.
+    fd:
+        A descriptor of the device that this program was started with, instead of TARGET.
     only:
         Run these checks: an id, a chapter, or a pattern such as 'resuming.cut*'; may be repeated.
     skip:
@@ -83,8 +85,7 @@ def check(
     if list:
         list_checks(checks)
         return 0
-    if not target:
-        raise SpecError("name a device: vfiomig check /dev/vfio/devices/vfio0, or model:counter")
+    target = named("check", target, fd)
     writers = _writers({"--junit": junit, "--html": html})
     report = _run(target, checks, dialect, deadline, _size(state_limit), dangerous=dangerous)
     for path, render in writers:
@@ -93,7 +94,15 @@ def check(
         print(json_format.dumps(as_data(report), indent=2))
     else:
         show(report)
-    return 1 if report.failed else 0
+    return _exit_code(report)
+
+
+def _exit_code(report: Report) -> int:
+    if report.interrupted:
+        return 128 + signal.SIGINT
+    if report.failed:
+        return 1
+    return 2 if report.lost else 0
 
 
 def _run(

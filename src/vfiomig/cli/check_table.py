@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from vfiomig.checks import Report
+    from vfiomig.report.matrix import Cell
 
 __all__ = ("Progress", "explain_check", "list_checks", "show")
 
@@ -33,9 +34,27 @@ STYLES: Final = {
     Verdict.NOT_APPLICABLE: "dim",
     Verdict.NOT_RUN: "magenta",
 }
+#: Columns of the matrix whose name takes too much room in one line.
+HEADS: Final = {
+    "STOP_COPY": "STOP_\nCOPY",
+    "RUNNING_P2P": "RUNNING\n_P2P",
+    "PRE_COPY": "PRE_\nCOPY",
+    "PRE_COPY_P2P": "PRE_\nCOPY_\nP2P",
+    "no state": "no\nstate",
+}
 WORDS: Final = {verdict: verdict.replace("_", " ") for verdict in Verdict}
-#: Verdicts whose evidence is shown.
-TOLD: Final = (Verdict.FAIL, Verdict.DEVIATES)
+#: Verdicts that are told of, in this order, and what of the evidence: deviations may be many.
+TOLD: Final[dict[Verdict, tuple[str, ...]]] = {
+    Verdict.FAIL: ("rule", "clause", "did", "expected", "saw"),
+    Verdict.DEVIATES: ("rule", "expected", "saw"),
+}
+WHERE_RULES_ARE: Final = (
+    "Rules such as LOAD-3 stand in docs/protocol.md; FAULT rules tell what drivers are known to do."
+)
+#: Columns of a terminal from which the matrix has its spaces, and from which it is one.
+WIDE, NARROW = 90, 80
+#: Checks that are named one by one where they were not run for the same reason.
+MOST_NAMES: Final = 6
 
 
 class Progress:
@@ -79,14 +98,18 @@ def show(report: Report) -> None:
     _show_facts(console, report)
     _show_matrix(console, report)
     _show_chapters(console, report)
-    for result in report.results:
-        if result.verdict in TOLD:
-            _show_finding(console, result)
+    for verdict, parts in TOLD.items():
+        for result in report.results:
+            if result.verdict is verdict:
+                _show_finding(console, result, parts)
+    if any(result.verdict in TOLD for result in report.results):
+        console.print(f"\n{WHERE_RULES_ARE}", soft_wrap=True)
     _show_reasons(console, report)
     console.print()
     seconds = sum(result.seconds for result in report.results)
     counts = Counter(report.summary)
-    console.print(f"{_counted(counts)}, in {seconds:.1f} s", soft_wrap=True)
+    ended = ", interrupted" if report.interrupted else ""
+    console.print(f"{_counted(counts)}, in {seconds:.1f} s{ended}", soft_wrap=True)
 
 
 def _show_facts(console: Console, report: Report) -> None:
@@ -103,18 +126,28 @@ def _show_matrix(console: Console, report: Report) -> None:
     if not rows:
         return
     console.print()
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("from \\ to", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column.replace("_", "_\n", 1), vertical="bottom")
-    for row in rows:
-        cells = (
-            Text(cell.text, style=STYLES[cell.verdict] if cell.verdict else "")
-            for cell in row.cells
-        )
-        table.add_row(row.origin, *cells)
-    console.print(table)
-    console.print(LEGEND, soft_wrap=True)
+    if console.width < NARROW:
+        for row in rows:
+            cells = Text(", ").join(
+                Text(f"{column} ").append(_cell(cell))
+                for column, cell in zip(COLUMNS, row.cells, strict=True)
+            )
+            console.print(Text(f"from {row.origin} to "), cells, sep="")
+    else:
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("from \\ to", no_wrap=True)
+        for column in COLUMNS:
+            table.add_column(HEADS.get(column, column), vertical="bottom", no_wrap=True)
+        for row in rows:
+            tight = console.width < WIDE
+            table.add_row(row.origin, *(_cell(cell, tight=tight) for cell in row.cells))
+        console.print(table)
+    console.print(LEGEND)
+
+
+def _cell(cell: Cell, *, tight: bool = False) -> Text:
+    text = cell.text.replace(" ", "") if tight else cell.text
+    return Text(text, style=STYLES[cell.verdict] if cell.verdict else "")
 
 
 def _show_chapters(console: Console, report: Report) -> None:
@@ -136,23 +169,24 @@ def _show_chapters(console: Console, report: Report) -> None:
     console.print(table)
 
 
-def _show_finding(console: Console, result: Result) -> None:
+def _show_finding(console: Console, result: Result, parts: Sequence[str]) -> None:
     console.print()
     line = Text(f"{WORDS[result.verdict]} ", style=STYLES[result.verdict])
     line.append(result.check.id, style="bold")
     console.print(line, soft_wrap=True)
-    for name, text in (
-        ("rule", result.check.sentence),
-        ("clause", result.check.clause),
-        ("did", result.did),
-        ("expected", result.expected),
-        ("saw", result.saw),
-    ):
-        table = Table(box=None, show_header=False, pad_edge=False)
-        table.add_column(width=8)
-        table.add_column(overflow="fold")
-        table.add_row(name, _plain(text))
-        console.print(Padding(table, (0, 0, 0, 2)))
+    texts = {
+        "rule": result.check.sentence,
+        "clause": result.check.clause,
+        "did": result.did,
+        "expected": result.expected,
+        "saw": result.saw,
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(width=8)
+    table.add_column(overflow="fold")
+    for part in parts:
+        table.add_row(part, _plain(texts[part]))
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
 def _show_reasons(console: Console, report: Report) -> None:
@@ -163,8 +197,18 @@ def _show_reasons(console: Console, report: Report) -> None:
             reasons.setdefault(result.saw, []).append(result.check.id)
     for reason, names in reasons.items():
         console.print()
-        console.print(Text(f"not run: {', '.join(names)}", style=STYLES[Verdict.NOT_RUN]))
-        console.print(Padding(_plain(reason), (0, 0, 0, 2)))
+        console.print(Text(f"not run: {_named(names)}", style=STYLES[Verdict.NOT_RUN]))
+        console.print(Padding(_plain(reason), (0, 0, 0, 2), expand=False))
+
+
+def _named(ids: Sequence[str]) -> str:
+    """Name checks, by their chapters if they are many."""
+    if len(ids) <= MOST_NAMES:
+        return ", ".join(ids)
+    chapters = Counter(name.partition(".")[0] for name in ids)
+    return f"{len(ids)} checks: " + ", ".join(
+        f"{count} of {chapter}" for chapter, count in chapters.items()
+    )
 
 
 def _plain(text: str) -> Text:
@@ -184,7 +228,7 @@ def list_checks(checks: Sequence[Check]) -> None:
         console.print(Text(f"{chapter.name}: {chapter.summary}", style="bold"))
         for check in own:
             console.print(Text(f"  {check.id}"), soft_wrap=True)
-            console.print(Padding(Text(check.sentence, style="dim"), (0, 0, 0, 6)))
+            console.print(Padding(Text(check.sentence, style="dim"), (0, 0, 0, 6), expand=False))
 
 
 def explain_check(check: Check) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from vfiomig.abi.ioctls import Dialect  # noqa: TC001 - cyclopts reads the annotation at run time
 from vfiomig.cli.demo_table import bytes_text
+from vfiomig.cli.targets import named
 from vfiomig.client import open_target
 from vfiomig.client.description import Description, Identity, describe
 
@@ -23,8 +24,9 @@ __all__ = ("info",)
 
 
 def info(
-    target: str,
+    target: Annotated[str, Parameter(show_default=False)] = "",
     *,
+    fd: int | None = None,
     dialect: Dialect | None = None,
     json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
 ) -> None:
@@ -38,11 +40,14 @@ def info(
     target:
         /dev/vfio/devices/vfioN, /dev/vfio/GROUP[:NAME], a PCI address, an mdev uuid, fd:N,
         vfio-user:PATH, or model:SPEC for a device of this program's own.
+    fd:
+        A descriptor of the device that this program was started with, instead of TARGET.
     dialect:
         Which form of the protocol a model is served in; other targets have their own.
     json:
         Print one JSON document.
     """
+    target = named("info", target, fd)
     with open_target(target, dialect) as client:
         found = describe(client)
     if json:

@@ -45,6 +45,8 @@ def ioctl(on: int, number: int, argument: int) -> int:
 class KernelTransport:
     """The descriptors of one device: its own, its iommufd's, and data_fds as they come."""
 
+    lost = ""
+
     def __init__(
         self, device: Fd, iommufd: Fd | None, about: Mapping[str, str | int | bool] = NOTHING_MORE
     ) -> None:

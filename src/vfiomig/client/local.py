@@ -41,6 +41,7 @@ class LocalTransport:
     """One open of ``device``, one iommufd, and the data_fds of its sessions."""
 
     about: Mapping[str, str | int | bool] = MappingProxyType({"by": "calls in this process"})
+    lost = ""
 
     def __init__(self, device: VfioDevice, *, nofile: int = 1024) -> None:
         """Open the device and an iommufd. ``nofile``: see ``Numbers``.

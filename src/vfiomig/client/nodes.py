@@ -73,17 +73,25 @@ def open_name(name: str, sysfs: Sysfs) -> DeviceClient:
 
 
 def open_descriptor(
-    number: int, sysfs: Sysfs, *, iommufd: int | None = None, container: int | None = None
+    number: int,
+    sysfs: Sysfs,
+    *,
+    iommufd: int | None = None,
+    container: int | None = None,
+    keep: bool = False,
 ) -> DeviceClient:
-    """Take over a descriptor of a device, and of what its memory is mapped through."""
+    """Take over a descriptor of a device, and of what its memory is mapped through.
+
+    ``keep``: copies of them, so that this can be done again.
+    """
     name, missing = f"fd:{number}", ""
     with ExitStack() as taken:
-        device = taken.enter_context(_take(number))
+        device = taken.enter_context(_take(number, keep=keep))
         if _is_container(device):
             what = diagnosis.NO_DEVICE_BUT_CONTAINER.format(number=number)
             raise diagnosis.refused(name, OSError(errno.ENOTTY, ""), what)
         other = iommufd if container is None else container
-        given = None if other is None else taken.enter_context(_take(other))
+        given = None if other is None else taken.enter_context(_take(other, keep=keep))
         link = os.readlink(f"/proc/self/fd/{number}")
         taken.pop_all()
     about = _about(sysfs.of_node(Path(link).name), descriptor=link)
@@ -104,9 +112,9 @@ def _not_found(name: str, sysfs: Sysfs) -> str:
     return f"{sysfs.root} has no such device: {lists} shows those that there are"
 
 
-def _take(number: int) -> Fd:
+def _take(number: int, *, keep: bool) -> Fd:
     try:
-        return Fd(number)
+        return Fd(os.dup(number) if keep else number)
     except OSError as failure:
         how = (
             f"hand it over when this program is started: {number}<>PATH in a shell, or pass_fds "

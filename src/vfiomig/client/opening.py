@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from vfiomig.abi.ioctls import Dialect
@@ -49,7 +50,22 @@ def open_target(
         SpecError: the TARGET means nothing; the message says what would.
         TargetError: it cannot be opened; the message says what to do.
     """
-    target = os.fspath(target)
+    return _maker(os.fspath(target), dialect, Options(Sysfs(sysfs), timeout))()
+
+
+def target_maker(target: str, dialect: Dialect | str | None = None) -> Maker:
+    """Return what opens a TARGET, each time anew.
+
+    A model is the same device every time. A descriptor that was handed over is not used up: each
+    client has a copy of it, so the device is open until its owner closes it.
+
+    Raises:
+        SpecError: the TARGET means nothing.
+    """
+    return _maker(os.fspath(target), dialect, Options(Sysfs(), keep=True))
+
+
+def _maker(target: str, dialect: Dialect | str | None, options: Options) -> Maker:
     for form in FORMS:
         match = form.pattern.fullmatch(target)
         if match is not None:
@@ -58,24 +74,12 @@ def open_target(
         known = "; ".join(form.name for form in FORMS)
         raise SpecError(f"unknown target {target!r}: use one of {known}")
     if form.open is None:
-        return _model_maker(match["spec"], dialect)()
+        return _model_maker(match["spec"], dialect)
     if dialect is not None:
         raise SpecError(
             f"the dialect of {target} is its own: leave the dialect out; it is found out"
         )
-    return form.open(match, Options(Sysfs(sysfs), timeout))
-
-
-def target_maker(target: str, dialect: Dialect | str | None = None) -> Maker:
-    """Return what opens a TARGET, each time anew; a model is the same device every time.
-
-    Raises:
-        SpecError: a model's SPEC means nothing; others are looked at when they are opened.
-    """
-    target = os.fspath(target)
-    if (match := FORMS[0].pattern.fullmatch(target)) is None:
-        return lambda: open_target(target, dialect)
-    return _model_maker(match["spec"], dialect)
+    return partial(form.open, match, options)
 
 
 def device_maker(
@@ -131,7 +135,9 @@ class Options(NamedTuple):
     """What some forms need beside the TARGET."""
 
     sysfs: Sysfs
-    timeout: float | None
+    timeout: float | None = None
+    #: Whether descriptors that were handed over stay open.
+    keep: bool = False
 
 
 def _node(match: re.Match[str], options: Options) -> DeviceClient:
@@ -153,7 +159,8 @@ def _uuid(match: re.Match[str], options: Options) -> DeviceClient:
 
 def _descriptor(match: re.Match[str], options: Options) -> DeviceClient:
     more = {match["kind"]: int(match["other"])} if match["kind"] else {}
-    return nodes.open_descriptor(int(match["number"]), options.sysfs, **more)
+    number = int(match["number"])
+    return nodes.open_descriptor(number, options.sysfs, **more, keep=options.keep)
 
 
 def _socket(match: re.Match[str], options: Options) -> DeviceClient:

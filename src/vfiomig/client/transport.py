@@ -36,6 +36,10 @@ class Transport(Protocol):
     def about(self) -> Mapping[str, str | int | bool]:
         """How the device is reached, for people: ``by``, and what was negotiated if anything."""
 
+    @property
+    def lost(self) -> str:
+        """Why no request reaches the device any more; nothing while they do."""
+
     def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
         """Make a request. The argument is read and written in place, after a failure too."""
 

@@ -1,5 +1,6 @@
-"""A report of checks as one page: nothing to fetch, no script, light and dark.
+"""A report of checks as one page: nothing to fetch, no script, light and dark, and on paper.
 
+The state matrix comes first, then what was found, then every check with its evidence to unfold.
 The state matrix is an inline picture; colours are never the only difference, since each cell has
 its words, and each verdict its sign.
 """
@@ -51,7 +52,13 @@ def as_html(report: Report) -> str:
     ]
     return environment.get_template("report.html.jinja").render(
         report=report,
-        facts=_facts(report.facts),
+        facts=[*_facts(report.facts), *_end(report)],
+        findings=[
+            result
+            for verdict in (Verdict.FAIL, Verdict.DEVIATES)
+            for result in report.results
+            if result.verdict is verdict
+        ],
         summary=report.summary,
         chapters=[(chapter, results) for chapter, results in chapters if results],
         rows=matrix(report),
@@ -61,6 +68,14 @@ def as_html(report: Report) -> str:
         signs=SIGNS,
         version=VERSION,
     )
+
+
+def _end(report: Report) -> list[tuple[str, str]]:
+    """Say what kept later checks from being run."""
+    ends = [("lost", report.lost)] if report.lost else []
+    if report.interrupted:
+        ends.append(("interrupted", "by its user, before every check had run"))
+    return ends
 
 
 def _facts(facts: Facts) -> list[tuple[str, str]]:

@@ -18,9 +18,10 @@ __all__ = ("COLUMNS", "LEGEND", "Cell", "Row", "matrix")
 NONE: Final = "no state"
 COLUMNS: Final = (*(state.name for state in State), NONE)
 #: What stands in a cell that was not tried.
-UNTRIED: Final = {Verdict.NOT_APPLICABLE: "\N{EN DASH}", Verdict.NOT_RUN: "not run"}
+UNTRIED: Final = {Verdict.NOT_APPLICABLE: "\N{EN DASH}", Verdict.NOT_RUN: "?"}
 LEGEND: Final = (
-    "+r, +w: a new data_fd to read or to write; =: the old one lives; x: it answers ENODEV"
+    "+r, +w: a new data_fd to read or to write; =: the old one lives; x: it answers ENODEV; "
+    "\N{EN DASH}: not applicable; ?: not run"
 )
 
 

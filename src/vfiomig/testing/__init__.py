@@ -53,17 +53,23 @@ def check_device(
     """Run the checks on a device; what it holds is lost.
 
     Raises:
-        AssertionError: a check failed; the message has the evidence of each.
+        AssertionError: a check failed; the message has the evidence of each. Or the device was
+            lost on the way.
         TargetError: the device cannot be opened.
+        KeyboardInterrupt: the user interrupted it; the device was left in RUNNING.
     """
     checks = choose(tuple(only), tuple(skip))
     with Suite(
         maker, levers=levers, dangerous=dangerous, deadline=deadline, state_limit=state_limit
     ) as suite:
         report = suite.run(checks, hear)
+    if report.interrupted:
+        raise KeyboardInterrupt
     if report.failed:
         found = "\n\n".join(map(evidence_of, report.failed))
         raise AssertionError(f"{report.target} does not keep the protocol:\n\n{found}")
+    if report.lost:
+        raise AssertionError(f"{report.target} was lost: {report.lost}")
     return report
 
 

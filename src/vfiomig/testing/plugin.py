@@ -77,7 +77,13 @@ class Checks:
             except VfioMigError as problem:
                 self._trouble = str(problem)
                 raise CheckFailed(self._trouble) from None
-        return self._suite.run_check(check)
+        was_there = not self._suite.lost
+        result = self._suite.run_check(check)
+        if self._suite.interrupted:
+            raise KeyboardInterrupt
+        if self._suite.lost and was_there and result.verdict is Verdict.NOT_RUN:
+            raise CheckFailed(f"{self.target} was lost: {self._suite.lost}")
+        return result
 
 
 class CheckItem(pytest.Item):

@@ -100,6 +100,12 @@ class Channel:
         self._filling: Filling | None = None
         self._interrupted = 0
 
+    @property
+    def lost(self) -> str:
+        """Why the connection was given up; nothing if it was not."""
+        failure = self._failure
+        return (failure.strerror or "") if failure is not None else ""
+
     # Requests.
 
     def call(

@@ -78,6 +78,10 @@ class VfioUserTransport:
         )
 
     @property
+    def lost(self) -> str:
+        return self._remote.channel.lost
+
+    @property
     def mended(self) -> list[str]:
         """See ``DeviceClient``."""
         return self._remote.mended
