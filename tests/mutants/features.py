@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from devices.drilled import Drilled
 from mutants.bench import (
     DATA_SIZE,
     FEATURE,
@@ -21,7 +22,7 @@ from mutants.bench import (
     readable,
     v6_mutant,
 )
-from vfiomig import State
+from vfiomig import Capability, State
 from vfiomig.abi import vfio
 from vfiomig.core.migration import Migration, Outcome
 
@@ -167,8 +168,14 @@ def a_probe_names_no_operation(bench: Bench) -> None:
     bench.answer(lambda asked: asked.flags == PROBE | GET_FLAGS, errno.EINVAL)
 
 
-@mutant("FEATURE-6", "discovery.without-migration-there-is-none-of-it", caps="none")
+@mutant("FEATURE-6", "discovery.without-migration-there-is-none-of-it")
 def a_size_of_no_state_is_told(bench: Bench) -> None:
+    class Unable(Drilled):
+        def __init__(self, caps: str) -> None:
+            super().__init__(caps)
+            self.capabilities = Capability(0)
+
+    bench.device = Unable
     bench.answer(lambda asked: asked.flags == PROBE | DATA_SIZE, 0)
 
 

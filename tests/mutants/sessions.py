@@ -455,20 +455,24 @@ def a_reader_holds_the_lock_of_the_state(bench: Bench) -> None:
 
 @mutant("SESSION-5", "threads.a-session-can-be-closed-beside-a-change")
 def a_close_beside_a_change_fails_it(bench: Bench) -> None:
+    walking = threading.Event()
     closed: list[int] = []
 
     class Slow(Drilled):
         def step(self, origin: State, target: State) -> None:
             super().step(origin, target)
+            walking.set()
             time.sleep(0.002)
 
     def close(call: Callable[..., None], number: int) -> None:
+        if walking.wait(0.05):
+            closed.append(number)
         call(number)
-        closed.append(number)
 
     def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
         closed.clear()
         found = original(mine, target)
+        walking.clear()
         return found._replace(errno=errno.EBADF) if closed else found
 
     bench.device = Slow

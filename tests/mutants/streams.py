@@ -64,7 +64,7 @@ def nothing_is_a_state(bench: Bench) -> None:
     bench.device = lenient("empty")
 
 
-@mutant("LOAD-3", "resuming.cut-by-one-byte", others=4)
+@mutant("LOAD-3", "resuming.cut-by-one-byte", others=5)
 def a_state_that_is_cut_off_is_taken(bench: Bench) -> None:
     bench.device = lenient("cut")
 
@@ -77,8 +77,10 @@ def takes_when(name: str, taken: Callable[[bytes, bytes], bool]) -> Callable[[Be
             own = b""
 
             def save(self) -> Iterator[bytes]:
-                self.own = b"".join(super().save())
-                return iter((self.own,))
+                delivered = b"".join(super().save())
+                if len(delivered) == LENGTH:
+                    self.own = delivered
+                return iter((delivered,))
 
             def load(self, state: StateReader) -> None:
                 content = state.read(1 << 16)
@@ -376,7 +378,7 @@ def there_are_no_initial_bytes(bench: Bench) -> None:
     bench.device = Bare
 
 
-@mutant("PRECOPY-6", "precopy.initial-bytes-only-fall", others=1)
+@mutant("PRECOPY-6", "precopy.initial-bytes-only-fall", others=2)
 def initial_bytes_rise(bench: Bench) -> None:
     def change(call: Call, on: int, number: int, argument: UapiStruct) -> int:
         result = call(on, number, argument)

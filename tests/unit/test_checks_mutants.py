@@ -16,7 +16,8 @@ from devices.drilled import LEVERS
 from mutants.bench import REPORT
 from mutants.table import MUTANTS, Bench, Mutant
 from vfiomig.abi.ioctls import Dialect
-from vfiomig.checks import CHECKS, Levers, Suite, Verdict, choose
+from vfiomig.checks import CHECKS, Levers, Shows, Suite, Verdict, choose
+from vfiomig.checks.suite import BUG
 
 if TYPE_CHECKING:
     from vfiomig.checks import Report
@@ -36,10 +37,12 @@ def run(mutant: Mutant, chapters: list[str], monkey: pytest.MonkeyPatch) -> Repo
     mutant.body(bench)
     try:
         with Suite(bench.serve(), mutant.name, levers=LEVERS, deadline=mutant.deadline) as suite:
-            return suite.run(choose(chapters))
+            report = suite.run(choose(chapters))
     finally:
         mutant.release()
         bench.end()
+    assert [result for result in report.results if result.saw.startswith(BUG)] == []
+    return report
 
 
 def found(report: Report) -> list[str]:
@@ -81,6 +84,17 @@ def test_every_rule_of_a_mutant_is_one_that_its_check_cites() -> None:
     ]
     assert wrong == []
     assert len(MUTANTS) >= 40
+
+
+def test_every_check_is_tried_by_a_fault() -> None:
+    """Pairs of states share a body, and are tried by some; descriptors are, behind a door."""
+    tried = {mutant.caught_by for mutant in MUTANTS.values()}
+    untried = [
+        check.id
+        for check in CHECKS
+        if check.id not in tried and check.pair is None and Shows.DESCRIPTORS not in check.shows
+    ]
+    assert untried == []
 
 
 #: What the kernel's mtty does otherwise, by mutants that do just that, and a log that is a stub.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 #: What no client of a socket sees of a server.
-UNSEEN = {check.id for check in CHECKS if check.shows & ~Shows.ALL_REQUESTS}
+UNSEEN = {check.id for check in CHECKS if check.shows & ~(Shows.ALL_REQUESTS | Shows.REOPENING)}
 WITHOUT_EXTENSION = {check.id for check in CHECKS if check.shows & Shows.ALL_REQUESTS}
 
 

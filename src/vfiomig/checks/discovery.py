@@ -45,7 +45,10 @@ def flags_text(flags: int) -> str:
 
 def present(subject: Subject) -> list[Feature]:
     """The features of migration that this device has."""
-    return [row for row in SERVED if row.index in subject.facts.features]
+    found = [row for row in SERVED if row.index in subject.facts.features]
+    if not found:
+        raise Inapplicable("the device answers no PROBE of a feature")
+    return found
 
 
 def ask(subject: Subject, flags: int, size: int = 0, argsz: int | None = None) -> int:

@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from vfiomig.client import DeviceClient
     from vfiomig.client.transport import Transport
 
-__all__ = ("Facts", "Shows", "look", "no_descriptor_left", "shown_by")
+__all__ = (
+    "Facts",
+    "Shows",
+    "look",
+    "no_descriptor_left",
+    "numbers_in_use",
+    "open_descriptors",
+    "shown_by",
+)
 
 CONFIG = vfio.VFIO_PCI_CONFIG_REGION_INDEX
 
@@ -109,6 +117,26 @@ def shown_by(transport: Transport) -> Shows:
         return ~Shows.DESCRIPTORS
     requests = Shows.ALL_REQUESTS if transport.about.get("mig_stream") else Shows(0)
     return requests | Shows.REOPENING
+
+
+def numbers_in_use(transport: Transport) -> frozenset[int]:
+    """Return the descriptors that a new data_fd cannot be."""
+    own = {transport.device, transport.iommufd}
+    if isinstance(transport, KernelTransport):
+        own |= open_descriptors()
+    return frozenset(own)
+
+
+def open_descriptors() -> set[int]:
+    """Return the numbers of everything that this process has open."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            os.fstat(int(name))
+        except OSError:
+            continue  # that of the listing
+        found.add(int(name))
+    return found
 
 
 @contextmanager

@@ -143,9 +143,10 @@ def _expect_either(subject: Subject, reply: Reply) -> None:
     subject.evidence.expect_that(
         "the state", state in wanted, "RUNNING or STOP_COPY", state_text(state)
     )
-    if reply.errno or reply.data_fd < 0:
+    data_fd = subject.given(reply)
+    if data_fd == NO_FD:
         return
-    lives = subject.lives(reply.data_fd)
+    lives = subject.lives(data_fd)
     saw = f"{state_text(state)}, the session {'alive' if lives else 'over'}"
     subject.evidence.expect_that(
         "state and session", lives is (state in SAVING_GROUP), "both or neither", saw

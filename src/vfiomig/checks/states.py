@@ -82,7 +82,7 @@ def check_pair(origin: State, target: State, subject: Subject) -> None:
     old = subject.enter(origin)
     reply = subject.request(target)
     arcs = path(subject.caps, origin, target)
-    new = reply.data_fd if not reply.errno and reply.data_fd >= 0 else NO_FD
+    new = subject.given(reply)
     lives = None if old == NO_FD else _session_lives(subject, origin, old)
     subject.cell = _cell(subject, reply.errno, new, lives)
     expect_errno(subject, origin, target, reply.errno, refused=arcs is None)

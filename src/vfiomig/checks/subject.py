@@ -128,14 +128,29 @@ class Subject:
         """Ask for a state and note what came."""
         step = self.evidence.step(f"SET {state_text(target)}")
         reply = self.raw.set_state(target)
-        new = not reply.errno and reply.data_fd >= 0
-        self.evidence.outcome(
-            step, errno_text(reply.errno) + (f", data_fd {reply.data_fd}" if new else "")
-        )
-        if new:
-            known = 0 <= target < len(State)
-            self._data_fds[reply.data_fd] = session_kind(State(target)) if known else None
+        data_fd = self.adopt(reply, target)
+        came = "" if data_fd == NO_FD else f", data_fd {data_fd}"
+        self.evidence.outcome(step, errno_text(reply.errno) + came)
         return reply
+
+    def adopt(self, reply: Reply, target: int) -> int:
+        """Note the data_fd that came with an answer, to be closed with the check; return it."""
+        data_fd = self.given(reply)
+        if data_fd != NO_FD:
+            known = 0 <= target < len(State)
+            self._data_fds[data_fd] = session_kind(State(target)) if known else None
+        return data_fd
+
+    def given(self, reply: Reply) -> int:
+        """Return the data_fd that came with an answer, ``NO_FD`` if none did."""
+        is_new = not reply.errno and reply.data_fd >= 0 and reply.data_fd not in self.target.taken
+        return reply.data_fd if is_new else NO_FD
+
+    def expect_given(self, reply: Reply) -> int:
+        """Return the data_fd that came with an answer; ``Broken`` if none did."""
+        data_fd = self.given(reply)
+        self.evidence.expect_that("a data_fd", data_fd != NO_FD, "a new one", str(reply.data_fd))
+        return data_fd
 
     def go(self, *states: State) -> int:
         """Bring the device from state to state; return the descriptor that the last one gave."""
@@ -144,8 +159,8 @@ class Subject:
             reply = self.request(state)
             if reply.errno:
                 raise Unrun(f"the device did not get to {state.name}: {errno_text(reply.errno)}")
-            data_fd = reply.data_fd
-        return data_fd if data_fd >= 0 else NO_FD
+            data_fd = self.given(reply)
+        return data_fd
 
     def session(self, *states: State) -> int:
         """Bring the device to a state with a session; return its descriptor."""
@@ -324,8 +339,7 @@ class Subject:
 
     def lives(self, data_fd: int) -> bool:
         """Tell whether a session is alive; a byte may move, and nothing else is done with it."""
-        kind = self._data_fds[data_fd]
-        if kind is SessionKind.RESUMING:
+        if self._data_fds.get(data_fd) is SessionKind.RESUMING:
             result = self.raw.write(data_fd, b"\0")
         else:
             result = self.raw.read(data_fd, bytearray(1))

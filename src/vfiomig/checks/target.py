@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, TypeVar
 
 from vfiomig.checks.evidence import Unrun
-from vfiomig.checks.facts import look
+from vfiomig.checks.facts import look, numbers_in_use
 from vfiomig.checks.raw import Raw
 from vfiomig.errors import RequestError
 from vfiomig.fsm import State
@@ -64,6 +64,9 @@ class Target:
         self._patience = patience
         self._client: DeviceClient | None = None
         self._raw: Raw | None = None
+        #: Descriptors that were there before any request: one that says to give them out lies, and
+        #: they are not a check's to close.
+        self.taken: frozenset[int] = frozenset()
         #: Why its state cannot be kept, once somebody has tried.
         self.too_long = ""
         #: The device's own state, once somebody has saved it.
@@ -92,6 +95,7 @@ class Target:
         """
         self._client = client = self._make()
         self._raw = Raw(client)
+        self.taken = numbers_in_use(self._raw.transport)
         return in_time(lambda: look(client), self._patience)
 
     def _make(self) -> DeviceClient:

@@ -37,7 +37,7 @@ def two_changes_of_state_happen_one_after_the_other(subject: Subject) -> None:
         subject.evidence.expect_errno("STOP_COPY", second.errno, 0)
         state = subject.state()
         subject.evidence.expect_state("the state", state, State.STOP, State.STOP_COPY)
-        lives = subject.lives(second.data_fd)
+        lives = subject.lives(subject.expect_given(second))
         subject.evidence.expect_that(
             "its session",
             lives is (state == State.STOP_COPY),

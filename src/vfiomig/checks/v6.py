@@ -10,7 +10,7 @@ from vfiomig.checks.check import V6, Chapter
 from vfiomig.checks.evidence import errno_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import Pages
-from vfiomig.checks.raw import GET, PROBE, SET
+from vfiomig.checks.raw import GET, PROBE, SET, UNSET_FD, Reply
 from vfiomig.fsm import State
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ("CHAPTER",)
 
 NUMBER = vfio.VFIO_DEVICE_MIG_SET_STATE
+
 
 CHAPTER = Chapter(
     "v6",
@@ -30,11 +31,13 @@ CHAPTER = Chapter(
 def ask(subject: Subject, what: str, **fields: int) -> tuple[int, vfio.MigSetState]:
     """Make the request with fields of one's own; return the errno and the struct afterwards."""
     argument = vfio.MigSetState(
-        **{"argsz": 16, "device_state": State.STOP, "data_fd": 77, **fields}
+        **{"argsz": 16, "device_state": State.STOP, "data_fd": UNSET_FD, **fields}
     )
+    asked = argument.device_state
     step = subject.evidence.step(what)
     result = subject.raw.on_device(NUMBER, argument)
     subject.evidence.outcome(step, errno_text(result))
+    subject.adopt(Reply(result, argument.device_state, argument.data_fd), asked)
     return result, argument
 
 
@@ -44,7 +47,7 @@ def a_small_argsz_is_eopnotsupp(subject: Subject) -> None:
     for argsz in (0, 8, 15):
         result, argument = ask(subject, f"SET STOP, argsz {argsz}", argsz=argsz)
         subject.evidence.expect_errno(f"argsz {argsz}", result, errno.EOPNOTSUPP)
-        subject.evidence.expect("data_fd", argument.data_fd, 77)
+        subject.evidence.expect("data_fd", argument.data_fd, UNSET_FD)
     subject.expect_state(State.RUNNING)
 
 
@@ -108,9 +111,7 @@ def a_refusal_tells_the_state(subject: Subject) -> None:
 def argsz_and_flags_come_back_as_they_were(subject: Subject) -> None:
     """The whole struct is written back, with argsz and flags as they were given."""
     for target in (State.STOP, State.STOP_COPY, 9):
-        result, argument = ask(subject, f"SET {int(target)}", device_state=target, argsz=20)
-        if not result and argument.data_fd >= 0:
-            subject.raw.close(argument.data_fd)
+        _, argument = ask(subject, f"SET {int(target)}", device_state=target, argsz=20)
         subject.evidence.expect("argsz", argument.argsz, 20)
         subject.evidence.expect("flags", argument.flags, 0)
 
