@@ -253,7 +253,7 @@ def test_a_server_that_a_request_ends_fails_that_check_and_is_lost(tmp_path: Pat
     assert name == "combinations.a-failing-combination-stops-where-it-failed"
     assert "ended the connection" in saw
     assert saw.endswith("; under way: SET RUNNING")
-    assert "nobody serves there" in report.lost
+    assert "dev.sock cannot be opened" in report.lost
 
 
 def test_a_server_that_is_killed_between_two_checks_is_told_once(
