@@ -71,7 +71,10 @@ def test_a_check_that_fails_is_1(
         ((), "name a device: vfiomig check /dev/vfio/devices/vfio0, or model:counter"),
         (("model:counter", "--fd", "3"), "model:counter and --fd 3 are two devices: leave one out"),
         (("--fd", "-3"), "--fd -3: give the number of an open descriptor"),
-        (("--fd", "77"), "descriptor 77 cannot be opened: EBADF; hand it over when this program is started"),
+        (
+            ("--fd", "77"),
+            "descriptor 77 cannot be opened: EBADF; hand it over when this program is started",
+        ),
         (("--fd", "77", "--dialect", "v6"), "the dialect of fd:77 is its own"),
         (("model:nothing",), "no device is called 'nothing'"),
         (("/dev/vfio/devices/vfio77",), "vfio77 cannot be opened: ENOENT"),
