@@ -153,7 +153,7 @@ class Run:
 def _compile_programs(folder: Path) -> None:
     folder.mkdir()
     options = [f'-DNAME_{number}="{uuid}"' for number, uuid in enumerate(PAIR)]
-    for program in ("binding", "group", "landed", "type1"):
+    for program in ("binding", "compat", "group", "landed", "type1"):
         compile_program(program, folder, *options)
 
 

@@ -59,6 +59,20 @@ WAYS = (
         ),
     ),
     Way(
+        "compat",
+        ("cdev",),
+        (
+            "alone",
+            "SET_CONTAINER",
+            "a device",
+            "SET_IOMMU",
+            "GET_INFO",
+            "MAP_DMA",
+            "UNMAP_DMA",
+            "version 1",
+        ),
+    ),
+    Way(
         "landed",
         ("cdev",),
         (
@@ -150,6 +164,32 @@ NOTHING_IS_PINNED_BY_IOMMUFD: Lines = {
     "read-only memory, to be written = EFAULT": "read-only memory, to be written = EEXIST",
     "read-only memory, to be read = 0": "read-only memory, to be read = EEXIST",
 }
+NO_RANGES_OF_IOMMUFD: Lines = {
+    **{
+        f"argsz {size} = 0, argsz 88 flags 3 pgsizes 0x40201000 cap_offset {offset}": (
+            f"argsz {size} = 0, argsz 72 flags 3 pgsizes 0xfffffffffffff000 cap_offset {there}"
+        )
+        for size, offset, there in (
+            (16, "0xeeeeeeee", "0xeeeeeeee"),
+            (24, "0", "0"),
+            (35, "0", "0"),
+            (39, "0", "0"),
+            (40, "0", "0"),
+            (87, "0", "0x18"),
+            (88, "0x18", "0x18"),
+        )
+    },
+    "behind argsz 87: 0x10003, 0x28, and 0xeeeeeeee": "behind argsz 87: 0x10003, 0x28, and 0x10001",
+    "capability 1, version 1: 2": "capability 1, version 1: 1",
+    "from 0 to 0xfedfffff": "from 0 to 0xffffffffffffffff",
+    "from 0xfef00000 to 0xffffffffffff": "",
+}
+NOTHING_IS_PINNED_IN_ITS_PLACE: Lines = {
+    "reserved for interrupts = EINVAL": "reserved for interrupts = 0",
+    "memory that is not there = EFAULT": "memory that is not there = 0",
+}
+#: Nobody else can own the DMA of a device that does none.
+ALWAYS_VIABLE: Lines = {"status outside: 0": "status outside: 1"}
 #: Before the token, what lay behind the struct was not looked at; the device is bound then.
 NO_TOKEN: Lines = {
     "argsz 40 flags 0 rest set = E2BIG, devid none": "argsz 40 flags 0 rest set = 0, devid given",
@@ -180,6 +220,9 @@ DIFFERENCES: dict[tuple[str, str], Lines] = {
     ("type1", "GET_INFO"): NO_RANGES,
     ("type1", "UNMAP_DMA with a bitmap"): NOTHING_WAS_WRITTEN,
     ("type1", "MAP_DMA"): NOTHING_IS_PINNED,
+    ("compat", "a device"): ALWAYS_VIABLE,
+    ("compat", "GET_INFO"): NO_RANGES_OF_IOMMUFD,
+    ("compat", "MAP_DMA"): NOTHING_IS_PINNED_IN_ITS_PLACE,
     ("binding", "BIND: arguments"): NO_TOKEN,
     ("binding", "IOAS_MAP"): NOTHING_IS_PINNED_BY_IOMMUFD,
     ("binding", "ATTACH and DETACH"): NO_PAGE_TABLE,

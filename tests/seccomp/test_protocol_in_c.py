@@ -62,6 +62,7 @@ WAYS = (
     Way("group, fast", "group", FEW, ("--filter", "fast"), ("no stream",)),
     Way("type1", "type1", FEW),
     Way("type1, fast", "type1", FEW, ("--filter", "fast")),
+    Way("compat", "compat", FEW),
     Way("iommufd", "iommufd", FEW),
     Way("iommufd, fast", "iommufd", FEW, ("--filter", "fast")),
     Way("iommufd limits", "iommufd_limits", FEW),

@@ -205,7 +205,7 @@ def info_of(program: Both, argsz: int) -> Answer:
     return program.ask(abi.VFIO_IOMMU_GET_INFO, argsz.to_bytes(4, "little") + b"\xee" * 140)
 
 
-@pytest.mark.parametrize("argsz", [16, 20, 24, 39, 40, 56, 72, 87, 88, 144])
+@pytest.mark.parametrize("argsz", [16, 20, 24, 35, 36, 39, 40, 56, 72, 87, 88, 144])
 def test_the_info_is_filled_as_far_as_there_is_room(program: Both, argsz: int) -> None:
     program.enter()
     program.open_device()
@@ -216,8 +216,8 @@ def test_the_info_is_filled_as_far_as_there_is_room(program: Both, argsz: int) -
     if argsz >= 24:
         assert info.cap_offset == (24 if argsz >= 88 else 0)
     head = InfoCapHeader.parse(answer.data[24:32])
-    if argsz >= 40:
-        assert (head.id, head.version, head.next) == (3, 1, 40)
+    if argsz >= 36:
+        assert (head.id, head.version, head.next) == (3, 1, 40 if argsz >= 40 else 0)
         assert abi.Type1InfoDmaAvail.parse(answer.data[24:36]).avail == 0xFFFFFFFF
     if argsz >= 88:
         iovas = abi.Type1InfoCapIovaRange.parse(answer.data[40:56])

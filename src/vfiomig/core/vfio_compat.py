@@ -90,11 +90,11 @@ def _get_info(context: Iommufd, arg: int, caller: Caller) -> int:
     if argsz < minsz:
         raise OSError(errno.EINVAL, f"argsz is {argsz}, at least {minsz} is needed")
     ioas = compat_ioas(context)
-    at, chain = abi.Type1Info.SIZE, _capabilities(ioas)
-    for offset, part in chain:
-        if at + offset + len(part) <= argsz:
+    at, parts = abi.Type1Info.SIZE, _capabilities(ioas)
+    for offset, part, needs in parts:
+        if at + needs <= argsz:
             caller.write(arg + at + offset, part)
-    needed = at + max(offset + len(part) for offset, part in chain)
+    needed = at + max(needs for _, _, needs in parts)
     info = abi.Type1Info(
         argsz=needed,
         flags=abi.VFIO_IOMMU_INFO_PGSIZES | abi.VFIO_IOMMU_INFO_CAPS,
@@ -105,23 +105,24 @@ def _get_info(context: Iommufd, arg: int, caller: Caller) -> int:
     return 0
 
 
-def _capabilities(ioas: Ioas) -> list[tuple[int, bytes]]:
-    """Parts that are written where they fit, each whole: two capabilities, and each range."""
+def _capabilities(ioas: Ioas) -> list[tuple[int, bytes, int]]:
+    """Parts of the capabilities: where each belongs, and how much room there must be for it."""
     ranges = [abi.Type1IovaRange(start=first, end=last) for first, last in ioas.space.usable()]
-    second = -(-abi.Type1InfoDmaAvail.SIZE // 8) * 8
     available = abi.Type1InfoDmaAvail(
-        header=InfoCapHeader(
-            id=abi.VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, version=1, next=abi.Type1Info.SIZE + second
-        ),
-        avail=NO_LIMIT,
+        header=InfoCapHeader(id=abi.VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, version=1), avail=NO_LIMIT
     )
     iovas = abi.Type1InfoCapIovaRange(
         header=InfoCapHeader(id=abi.VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, version=1),
         nr_iovas=len(ranges),
     )
-    first = second + iovas.SIZE
-    rows = [(first + at * row.SIZE, bytes(row)) for at, row in enumerate(ranges)]
-    return [(0, bytes(available)), (second, bytes(iovas)), *rows]
+    second = -(-available.SIZE // 8) * 8
+    link = (abi.Type1Info.SIZE + second).to_bytes(4, "little")
+    parts = [(0, bytes(available), available.SIZE), (InfoCapHeader.next.offset, link, second)]
+    at = second + iovas.SIZE
+    for row in ranges:
+        parts.append((at, bytes(row), at + row.SIZE))
+        at += row.SIZE
+    return [*parts, (second, bytes(iovas), at)]
 
 
 def _map_dma(context: Iommufd, arg: int, caller: Caller) -> int:
