@@ -36,6 +36,7 @@ __all__ = (
     "map_file",
     "map_user",
     "unmap",
+    "unmap_range",
 )
 
 U64_MAX = (1 << 64) - 1
@@ -167,12 +168,28 @@ def unmap(context: Iommufd, argument: abi.IoasUnmap, caller: Caller) -> int:  # 
         return 0
     if U64_MAX in {argument.iova, argument.length}:
         raise OSError(errno.EOVERFLOW, "iova or length")
-    if not argument.length:
-        raise OSError(errno.EINVAL, "nothing to unmap")
-    if argument.iova + argument.length - 1 > U64_MAX:
-        raise OSError(errno.EOVERFLOW, "iova + length")
-    argument.length = space.unmap(argument.iova, argument.length)
+    argument.length, failure = unmap_range(space, argument.iova, argument.length)
+    if failure or not argument.length:
+        raise OSError(errno.ENOENT, "nothing whole is mapped there")
     return 0
+
+
+def unmap_range(space: IoSpace, iova: int, length: int) -> tuple[int, int]:
+    """Remove mappings until one would be cut; return their bytes, and ENOENT in that case.
+
+    Raises:
+        OSError: EINVAL (an empty range), EOVERFLOW.
+    """
+    if not length:
+        raise OSError(errno.EINVAL, "nothing to unmap")
+    if iova + length - 1 > U64_MAX:
+        raise OSError(errno.EOVERFLOW, "iova + length")
+    with space.lock:
+        found = space.overlapping_locked(iova, length)
+        if found and found[0].iova < iova:
+            return 0, errno.ENOENT
+        cuts = bool(found) and found[-1].end > iova + length
+        return space.remove_locked(found[:-1] if cuts else found), errno.ENOENT * cuts
 
 
 def _check(flags: int, *numbers: int) -> None:

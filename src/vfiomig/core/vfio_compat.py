@@ -27,7 +27,7 @@ from vfiomig.abi import vfio_iommu as abi
 from vfiomig.abi.ioctls import Dialect, FdKind, find
 from vfiomig.abi.vfio import InfoCapHeader
 from vfiomig.core.caller import Caller
-from vfiomig.core.ioas import Ioas, map_user
+from vfiomig.core.ioas import Ioas, map_user, unmap_range
 from vfiomig.core.type1 import PAGE_SIZES
 from vfiomig.iommu.space import ALIGNMENT
 
@@ -43,7 +43,6 @@ VERSIONS = frozenset({abi.VFIO_TYPE1_IOMMU, abi.VFIO_TYPE1v2_IOMMU})
 READ, WRITE = abi.VFIO_DMA_MAP_FLAG_READ, abi.VFIO_DMA_MAP_FLAG_WRITE
 #: Page sizes as long as there is no page table that could limit them.
 ANY_PAGE_SIZE = (1 << 64) - ALIGNMENT
-END = 1 << 64
 NO_LIMIT = 0xFFFF_FFFF
 
 
@@ -144,36 +143,27 @@ def _unmap_dma(context: Iommufd, arg: int, caller: Caller) -> int:
     if asked.argsz < asked.SIZE or asked.flags != everything:
         raise OSError(errno.EINVAL, "argsz or flags")
     space = compat_ioas(context).space
-    failure = None
+    failure = 0
     if everything:
         if asked.iova or asked.size:
             raise OSError(errno.EINVAL, "all, or a range")
         asked.size = space.clear()
     else:
-        try:
-            asked.size = _unmap(space, asked.iova, asked.size)
-        except OSError as refused:
-            failure, asked.size = refused, 0
+        asked.size, failure = _unmap(space, asked.iova, asked.size)
     caller.write(arg, bytes(asked))
-    if failure is not None:
-        raise failure
+    if failure:
+        raise OSError(failure, "not all of the range was unmapped")
     return 0
 
 
-def _unmap(space: IoSpace, iova: int, size: int) -> int:
-    """Remove mappings; return how many bytes they hold, which may be none."""
-    if not size:
-        raise OSError(errno.EINVAL, "nothing to unmap")
-    if iova + size > END:
-        raise OSError(errno.EOVERFLOW, "iova + size")
-    with space.lock:
-        if not space.large_pages:
-            space.cut_locked(iova)
-            space.cut_locked(iova + size)
-        found = space.overlapping_locked(iova, size)
-        if found and (found[0].iova < iova or found[-1].end > iova + size):
-            raise OSError(errno.ENOENT, "the range cuts a mapping")
-        return space.remove_locked(found)
+def _unmap(space: IoSpace, iova: int, size: int) -> tuple[int, int]:
+    """Remove mappings; return how many bytes they held, and the errno."""
+    if not space.large_pages:
+        space.cut(iova, iova + size)
+    try:
+        return unmap_range(space, iova, size)
+    except OSError as refused:
+        return 0, refused.errno or errno.EINVAL
 
 
 SERVED: dict[str, Handler] = {

@@ -3,8 +3,7 @@
 Theory of operation
 -------------------
 Mappings never overlap and are kept sorted by IOVA, so a lookup is one bisection. A mapping can
-only be removed whole, as iommufd has it: an unmap that would cut one is refused before anything
-is removed. Rules, errnos and their order: drivers/iommu/iommufd (``IOMMU_IOAS_MAP``, ``..._COPY``
+only be removed whole: what would cut one is refused. Rules, errnos and their order: drivers/iommu/iommufd (``IOMMU_IOAS_MAP``, ``..._COPY``
 and ``..._UNMAP`` in include/uapi/linux/iommufd.h); limits.py says which IOVAs there are.
 
 A device's access is made while ``lock`` is held (port.py), from the lookup to the last byte and
@@ -230,6 +229,25 @@ class IoSpace:
                 )
             return self.remove_locked(inside)
 
+    def cut(self, *places: int) -> None:
+        """Let no mapping lie across these IOVAs: one that does becomes two."""
+        with self.lock:
+            for iova in places:
+                mapping = self.find_locked(iova, 1)
+                if mapping is not None and mapping.iova < iova:
+                    self._cut_locked(mapping, iova - mapping.iova)
+
+    def _cut_locked(self, mapping: Mapping, length: int) -> None:
+        at = bisect_left(self._starts, mapping.iova)
+        rest = replace(
+            mapping,
+            iova=mapping.iova + length,
+            length=mapping.length - length,
+            address=mapping.address + length,
+        )
+        self._mappings[at : at + 1] = [replace(mapping, length=length), rest]
+        self._starts.insert(at + 1, rest.iova)
+
     def clear(self) -> int:
         """Remove every mapping; return how many bytes they held."""
         with self.lock:
@@ -282,19 +300,6 @@ class IoSpace:
             for mapping in mappings:
                 log.forget(mapping.iova, mapping.length)
         return sum(mapping.length for mapping in mappings)
-
-    def cut_locked(self, iova: int) -> None:
-        """Let no mapping lie across ``iova``: one that does becomes two."""
-        mapping = self.find_locked(iova, 1)
-        if mapping is not None and mapping.iova < iova:
-            at = bisect_left(self._starts, mapping.iova)
-            self._mappings[at : at + 1] = [
-                replace(mapping, length=iova - mapping.iova),
-                replace(
-                    mapping, iova=iova, length=mapping.end - iova, address=iova + mapping.shift
-                ),
-            ]
-            self._starts.insert(at + 1, iova)
 
     def replace_locked(self, former: Mapping, new: Mapping) -> None:
         """Let a mapping, if it is still there, lead to other memory."""

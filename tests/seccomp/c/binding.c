@@ -339,6 +339,15 @@ static void section_ioas_unmap(void)
 	say_unmap("nothing there", BUS + 4 * page_size, page_size);
 	say_unmap("the first page of a mapping", BUS, page_size);
 	say_unmap("the last page of a mapping", BUS + 3 * page_size, page_size);
+	say_unmap("up to the last page of all", UINT64_MAX - page_size + 1, page_size);
+	need(!map_at(all, memory, 2 * page_size, BUS + 12 * page_size), "IOAS_MAP");
+	need(!map_at(all, memory, 2 * page_size, BUS + 16 * page_size), "IOAS_MAP");
+	say_unmap("half of one, and another", BUS + 13 * page_size, 5 * page_size);
+	say_unmap("the other", BUS + 16 * page_size, 2 * page_size);
+	need(!map_at(all, memory, 2 * page_size, BUS + 16 * page_size), "IOAS_MAP");
+	say_unmap("one, and half of another", BUS + 12 * page_size, 5 * page_size);
+	say_unmap("the one", BUS + 12 * page_size, 2 * page_size);
+	say_unmap("the other", BUS + 16 * page_size, 2 * page_size);
 	say_unmap("a whole mapping", BUS, 4 * page_size);
 	say_unmap("the same again", BUS, 4 * page_size);
 	say_unmap("a mapping and what is around it", BUS, 16 * page_size);

@@ -265,6 +265,9 @@ static void section_unmap(void)
 	say_unmap("the beginning of a mapping", 24, 0, BUS + PAGE, PAGE);
 	say_unmap("the middle of a mapping", 24, 0, BUS + 2 * PAGE, PAGE);
 	say_unmap("the end of a mapping", 24, 0, BUS + 4 * PAGE, PAGE);
+	say_unmap("one, and half of another", 24, 0, BUS, 2 * PAGE);
+	say_unmap("the one", 24, 0, BUS, PAGE);
+	need(!map(BUS, PAGE), "MAP_DMA");
 	say_unmap("nothing is there", 24, 0, BUS + 32 * PAGE, PAGE);
 	say_unmap("the last page of all", 24, 0, -PAGE, PAGE);
 	say_unmap("one", 24, 0, BUS, PAGE);
