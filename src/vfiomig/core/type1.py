@@ -160,22 +160,20 @@ class Type1:
 
     def unmap(self, argument: abi.Type1DmaUnmap, bitmap: abi.Bitmap | None, caller: Caller) -> int:
         """Remove mappings, or only their addresses; return how many bytes they hold."""
-        if bitmap is not None:
-            with self.space.lock:
-                found = self._going_locked(argument)
-            type1_dirty.require_writable(found, argument.iova, bitmap.data, caller)
         with self.space.lock:
-            found = self._going_locked(argument)
+            going = self._going_locked(argument)
             if argument.flags & ADDRESS_ONLY:
-                return self._forget_addresses_locked(found)
-            told = [] if bitmap is None else type1_dirty.take_locked(self, found)
-            going = {mapping.iova for mapping in found}
-            self._moving -= going
-            self.unseen -= going
-            size = self.space.remove_locked(found)
-        if bitmap is not None:
-            type1_dirty.tell(told, argument.iova, bitmap.data, caller)
-        return size
+                return self._forget_addresses_locked(going)
+            if bitmap is None:
+                return self.remove_locked(going)
+        report = type1_dirty.Report(self, argument.iova, bitmap.data, caller)
+        return sum(report.tell(mapping, remove=True) for mapping in going)
+
+    def remove_locked(self, mappings: Sequence[Mapping]) -> int:
+        gone = {mapping.iova for mapping in mappings}
+        self._moving -= gone
+        self.unseen -= gone
+        return self.space.remove_locked(mappings)
 
     def _going_locked(self, argument: abi.Type1DmaUnmap) -> list[Mapping]:
         if argument.flags & ALL:

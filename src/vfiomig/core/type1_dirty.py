@@ -8,7 +8,8 @@ unlike those of iommufd and of a device's own log, bits of clean pages are clear
 between mappings is left alone. A device whose IOMMU cannot track its writes makes all that is
 mapped dirty, in every report, and once more when it has left (docs/protocol.md, CHOICE-16).
 
-After an error nothing was forgotten; a program counts all memory as dirty then anyway.
+Mapping by mapping, in their order, bits are written and forgotten, or unmapped: where the bitmap
+cannot be written everything stays from there on, and what came before is done.
 See ``update_user_bitmap`` and ``vfio_iommu_type1_dirty_pages`` in the kernel.
 """
 
@@ -21,13 +22,11 @@ from vfiomig.abi import vfio_iommu as abi
 from vfiomig.iommu.dirty import bitmap_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from vfiomig.core.caller import Caller
     from vfiomig.core.type1 import Type1
     from vfiomig.iommu import Mapping
 
-__all__ = ("check_bitmap", "dirty_pages", "require_writable", "take_locked", "tell")
+__all__ = ("Report", "check_bitmap", "dirty_pages")
 
 #: The one page size that a bitmap may have.
 PAGE = 4096
@@ -71,10 +70,9 @@ def _get_bitmap(iommu: Type1, arg: int, room: int, caller: Caller) -> None:
         raise OSError(errno.EINVAL, "no whole pages, or dirty pages are not tracked")
     with iommu.space.lock:
         found = iommu.find_whole_locked(asked.iova, asked.size)
-    require_writable(found, asked.iova, asked.bitmap.data, caller)
-    with iommu.space.lock:
-        told = take_locked(iommu, iommu.find_whole_locked(asked.iova, asked.size))
-    tell(told, asked.iova, asked.bitmap.data, caller)
+    report = Report(iommu, asked.iova, asked.bitmap.data, caller)
+    for mapping in found:
+        report.tell(mapping)
 
 
 def check_bitmap(size: int, bitmap: abi.Bitmap) -> None:
@@ -88,42 +86,47 @@ def check_bitmap(size: int, bitmap: abi.Bitmap) -> None:
         raise OSError(errno.EINVAL, "the bitmap's page size, size or address")
 
 
-def require_writable(mappings: Iterable[Mapping], base: int, address: int, caller: Caller) -> None:
-    """Raise EFAULT unless the words of all these mappings can be written."""
-    for mapping in mappings:
-        first, last = _words_of(mapping, base)
-        start, length = address + first * WORD_BYTES, (last - first) * WORD_BYTES
-        if not caller.check(start, length, writable=True):
+class Report:
+    """A bitmap of the caller's at ``address``, which begins with the page at ``base``."""
+
+    def __init__(self, iommu: Type1, base: int, address: int, caller: Caller) -> None:
+        self._iommu = iommu
+        self._base = base
+        self._address = address
+        self._caller = caller
+
+    def tell(self, mapping: Mapping, *, remove: bool = False) -> int:
+        """Write a mapping's bits and forget them; ``remove`` it in the same step.
+
+        Returns how many bytes were removed. EFAULT leaves everything as it was.
+        """
+        first, last = self._words_of(mapping)
+        at, length = self._address + first * WORD_BYTES, (last - first) * WORD_BYTES
+        if not self._caller.check(at, length, writable=True):
             raise OSError(errno.EFAULT, "the bitmap cannot be written")
+        space = self._iommu.space
+        with space.lock:
+            if space.find_locked(mapping.iova, mapping.length) is not mapping:
+                return 0  # another thread was faster
+            bits = self._take_locked(mapping)
+            size = self._iommu.remove_locked([mapping]) if remove else 0
+        shift = (mapping.iova - self._base) // PAGE % WORD_BITS
+        before = int.from_bytes(self._caller.read(at, WORD_BYTES), "little") if shift else 0
+        word = before & ((1 << shift) - 1) | bits << shift
+        self._caller.write(at, word.to_bytes(length, "little"))
+        return size
 
-
-def take_locked(iommu: Type1, mappings: Iterable[Mapping]) -> list[tuple[Mapping, int]]:
-    """Return mappings with their bits, which are forgotten; ``iommu.space.lock`` is held."""
-    log = iommu.table.log
-    if log is None:
-        raise OSError(errno.EINVAL, "dirty pages are not tracked")
-    told = []
-    for mapping in mappings:
+    def _take_locked(self, mapping: Mapping) -> int:
+        iommu, log = self._iommu, self._iommu.table.log
+        if log is None:
+            raise OSError(errno.EINVAL, "dirty pages are not tracked")
         bits = int.from_bytes(log.report(mapping.iova, mapping.length, PAGE), "little")
         if not iommu.tracks or mapping.iova in iommu.unseen:
             bits = (1 << mapping.length // PAGE) - 1
             iommu.unseen.discard(mapping.iova)
-        told.append((mapping, bits))
-    return told
+        return bits
 
-
-def tell(told: Iterable[tuple[Mapping, int]], base: int, address: int, caller: Caller) -> None:
-    """Write bits where they belong in a bitmap that begins with the page at ``base``."""
-    for mapping, bits in told:
-        first, last = _words_of(mapping, base)
-        at = address + first * WORD_BYTES
-        shift = (mapping.iova - base) // PAGE % WORD_BITS
-        before = int.from_bytes(caller.read(at, WORD_BYTES), "little") if shift else 0
-        word = before & ((1 << shift) - 1) | bits << shift
-        caller.write(at, word.to_bytes((last - first) * WORD_BYTES, "little"))
-
-
-def _words_of(mapping: Mapping, base: int) -> tuple[int, int]:
-    """The words that hold a mapping's bits: the first, and the one behind the last."""
-    start = (mapping.iova - base) // PAGE
-    return start // WORD_BITS, -(-(start + mapping.length // PAGE) // WORD_BITS)
+    def _words_of(self, mapping: Mapping) -> tuple[int, int]:
+        """The words that hold a mapping's bits: the first, and the one behind the last."""
+        start = (mapping.iova - self._base) // PAGE
+        return start // WORD_BITS, -(-(start + mapping.length // PAGE) // WORD_BITS)

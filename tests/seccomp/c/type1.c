@@ -443,6 +443,12 @@ static void section_unmap_bitmap(void)
 	say("DMA = %s", failed(dma_write(BUS + PAGE)));
 	bits[0] = -1ull;
 	say_bitmap("nothing", argument, bits);
+	need(!map(BUS, PAGE) && !map_dma(container, READ_WRITE, memory, BUS + 64 * PAGE, PAGE), "MAP_DMA");
+	argument.size = 65 * PAGE;
+	argument.bitmap = (struct bitmap){ PAGE, 16, (uintptr_t)at_edge(bits, 8, 8) };
+	say_bitmap("two, and memory for the first", argument, bits);
+	say_unmap("the first", 24, 0, BUS, PAGE);
+	say_unmap("the second", 24, 0, BUS + 64 * PAGE, PAGE);
 	end();
 }
 
