@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -64,8 +65,6 @@ def verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Ver
 
 
 def run_failing(error: BaseException, verbs: tuple[Verb, ...]) -> int:
-    import importlib
-
     vars(importlib.import_module("failing_verbs"))["RAISED"] = error
     return main(["fail"], verbs)
 
@@ -146,11 +145,49 @@ def test_interrupting_the_process_leaves_no_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "arguments", [["draw"], ["check", "--list"], ["info", "model:counter"]], ids=" ".join
+)
+def test_a_reader_who_goes_away_is_told_by_sigpipes_code_and_not_by_no(
+    arguments: list[str],
+) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "wb") as stdout:
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            env=ENVIRONMENT,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            timeout=30,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_the_null_device_and_no_bug(closed: str) -> None:
+    command = f"{sys.executable} -m vfiomig info model:counter {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command], env=ENVIRONMENT, capture_output=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert bool(done.stdout) == (">&- " not in f"{closed} ".replace("2>&-", ""))
+
+
+def test_a_stdout_that_knows_ascii_only_is_no_bug() -> None:
+    done = vfiomig("check", "model:counter", "--only", "size", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "4 pass" in done.stdout
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["nope"], 'Unknown command "nope"'),
         (["draw", "--nope"], "Unknown option"),
         (["draw", "--caps"], "--caps requires an argument"),
+        (["run"], "vfiomig: --device is missing (see vfiomig run --help)"),
+        (["serve"], "vfiomig: SPEC is missing (see vfiomig serve --help)"),
         (["draw", "--format", "png"], '"mermaid", "dot"'),
         (["draw", "--caps", "fly"], "stop-copy+p2p+pre-copy"),
         (["draw", "--json", "--format", "dot"], "contradict each other"),
@@ -194,14 +231,27 @@ def test_help_imports_no_verb() -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_the_help_of_a_verb_says_what_it_does_and_what_it_ends_with(
+    verb: Verb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, _, name = verb.target.partition(":")
+    about = vars(importlib.import_module(module))[name].__doc__.partition("Parameters\n")[0]
+    assert main([verb.name, "--help"]) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert " ".join(about.replace("``", "").split()) in output
+    for code in (*verb.exits, "70: a bug of vfiomig"):
+        assert f"• {code}" in output
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
 def test_the_help_of_a_verb_shows_its_examples_and_each_can_be_parsed(
     verb: Verb, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([verb.name, "--help"]) == 0
-    output = capsys.readouterr().out
+    output = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert verb.examples
     for example in verb.examples:
-        assert f"  {example}\n" in output
+        assert f" • {example}" in output
         program, *arguments = example.split()
         assert program == "vfiomig"
         _, _, unused, _ = application().parse_known_args(arguments)

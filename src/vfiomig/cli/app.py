@@ -9,11 +9,16 @@ keyword arguments, described by its docstring; it returns its exit code, ``None`
 Exit codes: 0 done, 1 the answer is no, 2 usage or a target or machine that will not do, 70 a bug
 of ours, 128 + n for signal n. A verb may return others (``run`` passes on the program's).
 An error is one line on stderr. ``VFIOMIG_DEBUG=1`` shows the traceback and every log record.
+
+Nothing is taken for granted about the standard streams: one that is closed is /dev/null, so that
+no file of ours gets its number; a character that stdout cannot encode is a ``?``; and a reader who
+goes away ends us as SIGPIPE would, also while rich prints, which would exit with 1, our "no".
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import signal
@@ -21,13 +26,13 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, MissingArgumentError
 
 from vfiomig.errors import PrerequisiteError, SpecError, TargetError, VfioMigError
 from vfiomig.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = ("VERBS", "Verb", "application", "main")
 
@@ -45,9 +50,22 @@ class Verb:
     target: str
     summary: str
     examples: tuple[str, ...]
-    #: What else its user has to know, line by line.
-    notes: tuple[str, ...] = ()
+    #: What it ends with, but for what every verb does.
+    exits: tuple[str, ...] = ("0: done",)
 
+
+RUN_EXITS: Final = (
+    "the program's own: it ended by itself",
+    "128 + n: signal n ended it",
+    "125: the devices could not be served",
+    "126, 127: the program cannot be executed, was not found",
+)
+#: What every verb may end with, where it says nothing else about the number.
+COMMON_EXITS: Final = (
+    "2: usage, or a target or a machine that will not do",
+    "70: a bug of vfiomig",
+    "128 + n: signal n",
+)
 
 VERBS: Final = (
     Verb(
@@ -60,6 +78,7 @@ VERBS: Final = (
             "vfiomig demo --dialect v6 --json",
             "vfiomig demo --qemu",
         ),
+        ("0: identical, or with --qemu verified", "1: not so, or it broke off"),
     ),
     Verb(
         "info",
@@ -84,14 +103,10 @@ VERBS: Final = (
             "vfiomig check --explain states.stop-copy-to-pre-copy",
         ),
         (
-            "The device must be nobody else's meanwhile. It is used in every way that the",
-            "protocol has, and left in RUNNING; what it holds is lost.",
-            "",
-            "Exit codes:",
-            "  0    no check failed",
-            "  1    at least one did",
-            "  2    usage, or the device cannot be reached, or is lost on the way",
-            "  130  Ctrl-C; what was found until then is told and written all the same",
+            "0: no check failed",
+            "1: at least one did",
+            "2: usage, or the device cannot be reached, or is lost on the way",
+            "130: Ctrl-C; what was found until then is told and written all the same",
         ),
     ),
     Verb(
@@ -103,6 +118,7 @@ VERBS: Final = (
             "vfiomig run --device pattern,size=1G --device pattern,size=1G -- ./my-vmm",
             "vfiomig run --device counter --trace - -- ./my-client {dev0} {iommu}",
         ),
+        RUN_EXITS,
     ),
     Verb(
         "qemu",
@@ -114,6 +130,7 @@ VERBS: Final = (
             "vfiomig qemu --device pattern --incoming unix:/tmp/link --print",
             "vfiomig qemu --device virtio_blk --accel kvm -- -device virtio-rng-pci",
         ),
+        RUN_EXITS,
     ),
     Verb(
         "serve",
@@ -124,6 +141,7 @@ VERBS: Final = (
             "vfiomig serve virtio_blk,size=64M --socket /tmp/disk.sock --once",
             "vfiomig serve counter --fd 3",
         ),
+        ("0: the client of --once has left", "130, 143: Ctrl-C or SIGTERM ended it"),
     ),
     Verb(
         "draw",
@@ -138,13 +156,16 @@ VERBS: Final = (
 )
 
 
-def application(verbs: Sequence[Verb] = VERBS) -> App:
-    """Build the command line from its table."""
+def application(verbs: Sequence[Verb] = VERBS, used: str = "") -> App:
+    """Build the command line from its table.
+
+    The verb that is ``used`` is described by its docstring, the others by a line, unimported.
+    """
     app = App(
         name="vfiomig",
         help="VFIO live migration without the hardware.",
         help_epilogue="vfiomig VERB --help shows a verb's options with examples.",
-        help_format="plaintext",
+        help_format="markdown",
         version=VERSION,
         # Errors, exit codes and Ctrl-C are decided in main(), for cyclopts' and ours alike.
         exit_on_error=False,
@@ -156,7 +177,7 @@ def application(verbs: Sequence[Verb] = VERBS) -> App:
         app.command(
             verb.target,
             name=verb.name,
-            help=verb.summary,
+            **({} if verb.name == used else {"help": verb.summary}),
             help_epilogue=_epilogue(verb),
         )
     app.register_install_completion_command(
@@ -166,27 +187,49 @@ def application(verbs: Sequence[Verb] = VERBS) -> App:
 
 
 def _epilogue(verb: Verb) -> str:
-    examples = "\n  ".join(("Examples:", *verb.examples))
-    return "\n".join((examples, "", *verb.notes)) if verb.notes else examples
+    said = {line.partition(":")[0] for line in verb.exits}
+    common = (line for line in COMMON_EXITS if line.partition(":")[0] not in said)
+    return "\n".join(
+        ("Examples:", *_items(verb.examples), "", "Exit codes:", *_items((*verb.exits, *common)))
+    )
+
+
+def _items(lines: Iterable[str]) -> Iterator[str]:
+    return (f"- {line}" for line in lines)
 
 
 def main(arguments: Sequence[str], verbs: Sequence[Verb] = VERBS) -> int:
     """Run one command line and return its exit code; failures become one line on stderr."""
     debug = os.environ.get("VFIOMIG_DEBUG") == "1"
+    _prepare_streams()
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s"
     )
     try:
-        result: object = application(verbs)(arguments)
+        result: object = application(verbs, *arguments[:1])(arguments)
         # A reader that went away is noticed here, not by the interpreter after its last line.
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # by rich, which has closed stdout
+            return 128 + signal.SIGPIPE
+        raise
     except Exception as error:  # the edge of the program: nothing above it could say more
         if debug:
             raise
         return _report(error)
     return result if isinstance(result, int) else _DONE
+
+
+def _prepare_streams() -> None:
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)  # the lowest number that is free
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _report(error: Exception) -> int:
@@ -205,7 +248,10 @@ def _explain(error: Exception) -> tuple[str, int]:
     match error:
         case CycloptsError():
             place = " ".join(("vfiomig", *(error.command_chain or ())))
-            return f"{error} (see {place} --help)", _USAGE
+            said = str(error)
+            if isinstance(error, MissingArgumentError) and error.argument and not error.keyword:
+                said = f"{error.argument.name} is missing"
+            return f"{said} (see {place} --help)", _USAGE
         case SpecError() | TargetError() | PrerequisiteError():
             return _text(error), _USAGE
         case VfioMigError():

@@ -46,7 +46,10 @@ def check(
     junit: Path | None = None,
     html: Path | None = None,
 ) -> int:
-    """Check whether a device keeps the protocol; its exit codes stand with the verb, in ``app``.
+    """Check whether a device keeps the protocol.
+
+    The device must be nobody else's meanwhile. It is used in every way that the protocol has, and
+    left in RUNNING; what it holds is lost.
 
     Parameters
     ----------

@@ -70,8 +70,7 @@ def demo(
 
     Two devices written in Python are served through real system calls. A client process opens
     them under /dev/vfio/devices, and migrates the first into the second while the first runs. The
-    last line says whether the second then held what the first did; the exit code is 0 if so, and
-    1 if not.
+    last line says whether the second then held what the first did.
 
     With --qemu there are two unmodified QEMUs instead, and a Linux guest whose serial card, disk
     and a third device are written in Python. The guest is live-migrated while it writes to both,

@@ -25,6 +25,7 @@ __all__ = ("info",)
 
 def info(
     target: Annotated[str, Parameter(show_default=False)] = "",
+    /,
     *,
     fd: int | None = None,
     dialect: Dialect | None = None,
@@ -33,7 +34,7 @@ def info(
     """Show what a device is and can do.
 
     The device is opened and closed again, and not changed in between; one that another program
-    has open is busy. The exit code is 2 if it cannot be opened.
+    has open is busy.
 
     Parameters
     ----------

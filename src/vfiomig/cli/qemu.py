@@ -49,8 +49,7 @@ def qemu(
 
     The machine has the devices, memory that they can map, and a serial console, which is the
     terminal: Ctrl-A X ends QEMU, Ctrl-A C is its monitor. Whatever else it is to have is said in
-    QEMU's words after ``--``. Without a kernel it boots from a virtio_blk device. The exit codes
-    are those of ``vfiomig run``, QEMU's own to begin with.
+    QEMU's words after ``--``. Without a kernel it boots from a virtio_blk device.
 
     Parameters
     ----------

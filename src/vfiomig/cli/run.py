@@ -38,9 +38,7 @@ def run(
 
     The program finds /dev/vfio/devices/vfio0, vfio1, ... and /dev/iommu, the groups /dev/vfio/0,
     1, ... and the container /dev/vfio/vfio, or gets descriptors where its arguments contain
-    {dev0}, {dev1}, ... or {iommu}. Its output is left alone. The exit code is the program's;
-    128+n if signal n ended it; 125 if the devices could not be served, 126 if the program cannot
-    be executed, 127 if it was not found.
+    {dev0}, {dev1}, ... or {iommu}. Its output is left alone.
 
     Parameters
     ----------

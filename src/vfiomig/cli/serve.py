@@ -30,10 +30,11 @@ __all__ = ("serve",)
 
 def serve(
     spec: str,
+    /,
     *,
     socket: Path | None = None,
     fd: int | None = None,
-    once: bool = False,
+    once: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
     compat: Literal["libvfio-user"] | None = None,
     trace: Annotated[Path | None, Parameter(allow_leading_hyphen=True)] = None,
     trace_format: Literal["text", "json"] = "text",
@@ -41,8 +42,7 @@ def serve(
     """Serve a device over vfio-user.
 
     Clients are served one after the other, each of them finds the device in RUNNING, and who comes
-    meanwhile waits. Ctrl-C or SIGTERM ends it, and removes the socket. The exit code is 0 after
-    --once, 128+n after signal n.
+    meanwhile waits. Ctrl-C or SIGTERM ends it, and removes the socket.
 
     Parameters
     ----------
@@ -62,7 +62,8 @@ def serve(
         Lines for people, or JSON lines.
     """
     if (socket is None) == (fd is None):
-        raise SpecError("name a socket: vfiomig serve pattern --socket /tmp/vfio-user.sock")
+        wrong = "name a socket" if socket is None else "give --socket or --fd, not both"
+        raise SpecError(f"{wrong}: vfiomig serve pattern --socket /tmp/vfio-user.sock")
     device = VfioDevice(make(spec))
     behaviour = BEHAVIOURS[compat] if compat else KERNEL
     given = None if fd is None else _inherited(fd)
