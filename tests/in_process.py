@@ -22,9 +22,10 @@ from vfiomig.checks import pages
 from vfiomig.core.iommufd import Iommufd
 from vfiomig.core.regions import region_offset
 from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
-from vfiomig.descriptors import EventFd, Fd
+from vfiomig.descriptors import Fd
 from vfiomig.device import Device, PrecopyInfo, StateReader
 from vfiomig.errors import DeviceError
+from vfiomig.eventfd import EventFd
 from vfiomig.fsm import Capability, State
 from vfiomig.iommu import Backings, Place
 from vfiomig.memory import MemoryFault, ProcessMemory

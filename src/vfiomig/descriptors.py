@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = (
     "RIGHTS_ROOM",
-    "EventFd",
     "Fd",
     "HasFileno",
     "create_sealed_memfd",
@@ -100,65 +99,6 @@ class Fd:
                 f"unclosed descriptor {self!r}", ResourceWarning, stacklevel=2, source=self
             )
             self.close()
-
-
-class EventFd(Fd):
-    """An eventfd that is shared with somebody who may do anything with it."""
-
-    __slots__ = ("_owner", "_poller")
-
-    def __init__(self, number: int, owner: int | None = None) -> None:
-        """Take ``number`` over; EINVAL, and it is closed, if it is no eventfd.
-
-        ``owner`` is the process that shares it, where that is another one.
-        """
-        super().__init__(number)
-        self._owner = owner
-        if os.readlink(f"/proc/self/fd/{number}") != "anon_inode:[eventfd]":
-            self.close()
-            raise OSError(errno.EINVAL, "the descriptor is no eventfd")
-        self._poller = select.poll()
-        self._poller.register(number, select.POLLOUT)
-
-    def signal(self) -> None:
-        """Add one. A counter at its maximum stays there: this never waits."""
-        if self._poller.poll(0):
-            os.eventfd_write(self.fileno(), 1)
-
-    def take(self) -> bool:
-        """Return the counter to zero without waiting; tell whether it was above."""
-        try:
-            # A read would wait if another reader was faster: the flag is this call's own.
-            return os.preadv(self.fileno(), [bytearray(8)], -1, os.RWF_NOWAIT) > 0
-        except BlockingIOError:
-            return False
-
-    def is_given_up(self) -> bool:
-        """Tell whether its owner has closed it since; no, where there is no owner to look at.
-
-        Only this process keeps it alive then. The kernel, which holds on to no descriptor, sees
-        such an eventfd vanish.
-        """
-        if self._owner is None:
-            return False
-        return _eventfd_id(f"/proc/self/fdinfo/{self.fileno()}") not in _eventfd_ids(self._owner)
-
-
-def _eventfd_ids(process: int) -> set[bytes]:
-    """The eventfds that a process has open, by what the kernel calls them."""
-    folder = f"/proc/{process}/fdinfo"
-    try:
-        return {_eventfd_id(f"{folder}/{name}") for name in os.listdir(folder)} - {b""}
-    except OSError:
-        return set()  # it has ended
-
-
-def _eventfd_id(fdinfo: str) -> bytes:
-    try:
-        with open(fdinfo, "rb") as lines:
-            return next((line for line in lines if line.startswith(b"eventfd-id:")), b"")
-    except OSError:
-        return b""  # closed meanwhile
 
 
 def poll_until(fd: HasFileno | int, events: int, deadline: float | None) -> int:

@@ -306,6 +306,10 @@
 #define PCI_EXP_LNKCAP2 0x2c
 #define PCI_EXP_LNKCTL2 0x30
 
+/* linux/aio_abi.h */
+#define IOCB_CMD_PREAD 0
+#define IOCB_FLAG_RESFD (1 << 0)
+
 /* vfio-user */
 
 #define VFIO_USER_VERSION 1

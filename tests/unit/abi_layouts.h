@@ -140,6 +140,15 @@ struct seccomp_notif_addfd {
 };
 struct kvm_device_attr { __u32 flags; __u32 group; __u64 attr; __u64 addr; };
 
+/* linux/aio_abi.h */
+
+struct iocb {
+	__u64 aio_data; __u32 aio_key; __s32 aio_rw_flags; __u16 aio_lio_opcode; __s16 aio_reqprio;
+	__u32 aio_fildes; __u64 aio_buf; __u64 aio_nbytes; __s64 aio_offset; __u64 aio_reserved2;
+	__u32 aio_flags; __u32 aio_resfd;
+};
+struct io_event { __u64 data; __u64 obj; __s64 res; __s64 res2; };
+
 /* vfio-user: the messages that carry no struct of linux/vfio.h */
 
 struct vfio_user_header {

@@ -45,6 +45,7 @@ DECLARED_CONSTANTS = dict(re.findall(r"^#define (\w+) (.+)$", CONSTANTS, flags=r
 C_CONSTANT = {"X32_SYSCALL_BIT": "__X32_SYSCALL_BIT"}
 
 MACHINE_HEADERS = """
+#include <linux/aio_abi.h>
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/ioctl.h>

@@ -26,6 +26,7 @@ ROOMS = (
     ("fsm",),
     ("wire",),
     ("descriptors", "memory", "process"),
+    ("eventfd",),
     ("iommu",),
     ("device",),
     ("core",),

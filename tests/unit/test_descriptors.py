@@ -6,8 +6,6 @@ import mmap
 import os
 import select
 import socket
-import subprocess
-import sys
 import time
 import warnings
 
@@ -15,7 +13,6 @@ import pytest
 
 from vfiomig.descriptors import (
     RIGHTS_ROOM,
-    EventFd,
     Fd,
     create_sealed_memfd,
     passed_descriptors,
@@ -138,70 +135,6 @@ def test_a_reopened_file_has_an_offset_and_flags_of_its_own() -> None:
             with pytest.raises(OSError) as failure:
                 os.write(other.fileno(), b"x")
             assert failure.value.errno == errno.EBADF
-
-
-# Eventfds that belong to somebody else as well.
-
-
-def test_an_eventfd_counts_signals_until_it_is_taken() -> None:
-    number = os.eventfd(0)
-    with EventFd(os.dup(number)) as eventfd:
-        eventfd.signal()
-        eventfd.signal()
-        assert os.eventfd_read(number) == 2
-        assert not eventfd.take(), "it does not wait, although the eventfd would"
-        os.eventfd_write(number, 3)
-        assert eventfd.take()
-        assert not eventfd.take()
-    os.close(number)
-
-
-def test_a_full_eventfd_stays_full_and_nobody_waits() -> None:
-    number = os.eventfd(0)
-    full = (1 << 64) - 2
-    os.eventfd_write(number, full)
-    with EventFd(os.dup(number)) as eventfd:
-        eventfd.signal()
-    assert os.eventfd_read(number) == full
-    os.close(number)
-
-
-def test_an_eventfd_is_given_up_when_its_owner_has_closed_every_copy() -> None:
-    number = os.eventfd(0)
-    program = "import os, sys; sys.stdin.read(1); os.close(int(sys.argv[1])); print(); input()"
-    with (
-        EventFd(os.dup(number)) as own,
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(number)],
-            pass_fds=[number],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        ) as other,
-        EventFd(os.dup(number), owner=other.pid) as shared,
-    ):
-        assert other.stdin is not None
-        assert other.stdout is not None
-        assert not shared.is_given_up()
-        other.stdin.write(b"x")
-        other.stdin.flush()
-        assert other.stdout.readline() == b"\n"
-        assert shared.is_given_up()
-        assert not own.is_given_up(), "whose owner nobody knows"
-        other.stdin.write(b"\n")
-    assert other.returncode == 0
-    os.close(number)
-
-
-def test_what_is_no_eventfd_is_refused_and_closed() -> None:
-    reader, writer = os.pipe()
-    with pytest.raises(OSError) as failure:
-        EventFd(reader)
-    assert failure.value.errno == errno.EINVAL
-    assert not is_open(reader)
-    os.close(writer)
-    with pytest.raises(OSError) as failure:
-        EventFd(reader)
-    assert failure.value.errno == errno.EBADF
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 253])

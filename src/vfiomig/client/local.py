@@ -19,7 +19,8 @@ from vfiomig.client.numbers import Numbers
 from vfiomig.core.iommufd import Iommufd
 from vfiomig.core.transfer import Migf
 from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
-from vfiomig.descriptors import EventFd, Fd
+from vfiomig.descriptors import Fd
+from vfiomig.eventfd import EventFd
 from vfiomig.fsm import SessionKind
 from vfiomig.iommu import Place
 from vfiomig.memory import MemoryFault, ProcessMemory

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from vfiomig.core.transfer import Migf
     from vfiomig.core.vfio_device import VfioDevice, VfioDeviceFile
-    from vfiomig.descriptors import EventFd, Fd, HasFileno
+    from vfiomig.descriptors import Fd, HasFileno
+    from vfiomig.eventfd import EventFd
     from vfiomig.iommu import Backings, Place
 
 __all__ = ("Caller",)

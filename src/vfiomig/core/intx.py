@@ -19,8 +19,8 @@ from vfiomig.abi import pci
 
 if TYPE_CHECKING:
     from vfiomig.core.unmask import UnmaskWatcher
-    from vfiomig.descriptors import EventFd
     from vfiomig.device import ConfigurationSpace
+    from vfiomig.eventfd import EventFd
 
 __all__ = ("Intx",)
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from vfiomig.core.caller import Caller
     from vfiomig.core.vfio_device import VfioDeviceFile
-    from vfiomig.descriptors import EventFd
     from vfiomig.device import ConfigurationSpace
+    from vfiomig.eventfd import EventFd
 
 __all__ = ("Irqs", "datum_size", "device_get_irq_info", "device_set_irqs")
 

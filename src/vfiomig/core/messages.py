@@ -26,8 +26,8 @@ from vfiomig.device.capabilities import find_capability
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from vfiomig.descriptors import EventFd
     from vfiomig.device import ConfigurationSpace, Msix
+    from vfiomig.eventfd import EventFd
 
 __all__ = ("Messages", "MsiMasks", "MsixTable")
 

@@ -13,7 +13,7 @@ from vfiomig.descriptors import Fd
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfiomig.descriptors import EventFd
+    from vfiomig.eventfd import EventFd
 
 __all__ = ("UnmaskWatcher",)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vfiomig.client.vfio_user.remote import Remote
     from vfiomig.core.caller import Caller
-    from vfiomig.descriptors import EventFd
+    from vfiomig.eventfd import EventFd
 
 __all__ = ("parts_of", "set_irqs")
 

@@ -9,8 +9,9 @@ import resource
 from typing import TYPE_CHECKING
 
 from vfiomig.abi.syscalls import X86_64
-from vfiomig.descriptors import EventFd, Fd
+from vfiomig.descriptors import Fd
 from vfiomig.doors.syscall.opened import ContainerOpen, IommufdOpen
+from vfiomig.eventfd import EventFd
 from vfiomig.memory import CallMemory, MemoryFault, ProcessMemory
 from vfiomig.process import capable, process_of
 

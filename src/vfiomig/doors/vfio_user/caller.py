@@ -11,7 +11,8 @@ import errno
 import os
 from typing import TYPE_CHECKING, NoReturn
 
-from vfiomig.descriptors import EventFd, Fd
+from vfiomig.descriptors import Fd
+from vfiomig.eventfd import EventFd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
