@@ -185,11 +185,19 @@ class VfioGuest(Guest):
 
 @contextmanager
 def pair(
-    qemu: Path, folder: Path, source: Sequence[str], target: Sequence[str], options: str = ""
+    qemu: Path,
+    folder: Path,
+    source: Sequence[str],
+    target: Sequence[str],
+    options: str = "",
+    program: Sequence[str] = (),
 ) -> Iterator[tuple[VfioGuest, VfioGuest]]:
-    """Run a source and a target with a device for each SPEC, and ``options`` for vfio-pci."""
+    """Run a source and a target with a device for each SPEC, and ``options`` for vfio-pci.
+
+    ``program`` are words in front of the source's QEMU.
+    """
     with (
-        VfioGuest(qemu, folder, "source", source, incoming=False, options=options) as leaving,
+        VfioGuest(qemu, folder, "source", source, options=options, program=program) as leaving,
         VfioGuest(qemu, folder, "target", target, incoming=True, options=options) as arriving,
     ):
         try:
