@@ -131,7 +131,7 @@ class GuestError(VfioMigError):
 
 
 class GuestEnded(GuestError):
-    """QEMU ended while somebody waited for the guest."""
+    """QEMU ended while somebody waited for it or the guest; its exit code and words are added."""
 
 
 class GuestTimeout(GuestError, TimeoutError):

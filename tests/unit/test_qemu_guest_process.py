@@ -77,6 +77,51 @@ def test_a_qemu_that_refuses_its_arguments_is_an_error_with_its_words(tmp_path: 
     assert folders() == set()
 
 
+#: Ends when it is told to do something, or when it was told nothing for a moment.
+WORDY = (
+    QEMU.split("shell = re")[0]
+    + """
+print("qemu: warning: first", file=sys.stderr, flush=True)
+if json.loads(lines.readline())["execute"] == "crash":
+    sys.exit("qemu: assertion failed: fd >= 0")
+say({"return": {}})
+sys.exit("qemu: nobody needs me")
+"""
+)
+
+
+def test_a_qemu_that_ends_during_a_command_says_why(tmp_path: Path) -> None:
+    with Guest(qemu(tmp_path, WORDY), Machine()) as guest:
+        with pytest.raises(GuestEnded) as ended:
+            guest.qmp.execute("crash")
+        assert str(ended.value).splitlines() == [
+            "QEMU ended during crash: exit code 1",
+            "qemu: warning: first",
+            "qemu: assertion failed: fd >= 0",
+        ]
+        assert guest.wait() == 1
+        with pytest.raises(GuestEnded, match="ended during query-status: exit code 1\n"):
+            guest.qmp.execute("query-status")
+
+
+def test_a_qemu_that_ends_before_an_event_says_why(tmp_path: Path) -> None:
+    with Guest(qemu(tmp_path, WORDY), Machine()) as guest:
+        guest.qmp.execute("stop")
+        with pytest.raises(
+            GuestEnded, match=r"before an event STOP: exit code 1\n(.*\n)*.*needs me"
+        ):
+            guest.qmp.wait_event("STOP")
+
+
+def test_a_qemu_that_is_killed_during_a_command_says_by_what(tmp_path: Path) -> None:
+    body = QEMU.split("shell = re")[0] + "lines.readline()\nos.kill(os.getpid(), 9)"
+    with (
+        Guest(qemu(tmp_path, body), Machine()) as guest,
+        pytest.raises(GuestEnded, match="ended during migrate: exit code -9"),
+    ):
+        guest.qmp.execute("migrate")
+
+
 def test_a_program_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(GuestEnded, match=r"exit code 127\n.*/absent: No such file"):
         Guest(tmp_path / "absent", Machine())

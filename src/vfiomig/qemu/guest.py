@@ -78,7 +78,7 @@ class Guest:
         self._process: subprocess.Popen[bytes] | None = None
         monitor, monitor_there = socket.socketpair()
         #: QEMU's monitor.
-        self.qmp = Qmp(monitor)
+        self.qmp = Qmp(monitor, ended=self._ended)
         #: The guest's second serial port, where its shell is.
         self.shell = Terminal(
             self._folder / "shell", self._folder / "commands", "the guest's shell"

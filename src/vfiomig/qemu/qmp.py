@@ -1,21 +1,23 @@
 """QEMU's monitor protocol: one command at a time, and the events that come in between.
 
 A message is a line of JSON (docs/interop/qmp-spec.rst of QEMU). Events are kept until somebody
-waits for them, in their order.
+waits for them, in their order. That QEMU has ended is all that a monitor can tell; what QEMU said
+about it, and its exit code, know those who started it.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vfiomig.errors import GuestError, GuestTimeout
+from vfiomig.errors import GuestEnded, GuestError, GuestTimeout
 from vfiomig.qemu.lines import Lines
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ("Qmp", "QmpError")
 
@@ -33,8 +35,18 @@ class QmpError(GuestError):
 class Qmp:
     """A monitor of one QEMU."""
 
-    def __init__(self, socket_: socket.socket, *, timeout: float = 30) -> None:
-        """Take ``socket_`` over, which QEMU serves; nothing is said before :meth:`greet`."""
+    def __init__(
+        self,
+        socket_: socket.socket,
+        *,
+        timeout: float = 30,
+        ended: Callable[[str], GuestEnded] | None = None,
+    ) -> None:
+        """Take ``socket_`` over, which QEMU serves; nothing is said before :meth:`greet`.
+
+        ``ended`` makes the error for a QEMU that has ended, from what was asked of it.
+        """
+        self._ended = ended
         self._lines = Lines(socket_, "QEMU's monitor")
         self._timeout = timeout
         #: Events that nobody has taken yet.
@@ -42,7 +54,8 @@ class Qmp:
 
     def greet(self) -> None:
         """Wait until QEMU has started, and leave the mode in which it takes no commands."""
-        greeting = self._receive(time.monotonic() + self._timeout)
+        with self._explained("before it greeted"):
+            greeting = self._receive(time.monotonic() + self._timeout)
         if "QMP" not in greeting:
             raise _no_monitor(greeting)
         self.execute("qmp_capabilities")
@@ -59,6 +72,11 @@ class Qmp:
 
         An underscore in an argument's name stands for a hyphen. ``fds`` are passed along, as
         ``getfd`` and ``add-fd`` want one.
+
+        Raises:
+            QmpError: QEMU refuses it.
+            GuestEnded: with what QEMU said and its exit code, where those are known.
+            GuestTimeout: it takes too long.
         """
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         message: Message = {"execute": command}
@@ -66,7 +84,11 @@ class Qmp:
             message["arguments"] = {
                 name.replace("_", "-"): value for name, value in arguments.items()
             }
-        self._lines.send(json.dumps(message).encode() + b"\n", fds, timeout=self._timeout)
+        with self._explained(f"during {command}"):
+            self._lines.send(json.dumps(message).encode() + b"\n", fds, timeout=self._timeout)
+            return self._result(command, deadline)
+
+    def _result(self, command: str, deadline: float) -> Any:
         while True:
             answer = self._receive(deadline)
             if "event" in answer:
@@ -96,7 +118,8 @@ class Qmp:
                     return data
                 seen.append(event["event"])
             try:
-                message = self._receive(deadline)
+                with self._explained(f"before an event {name}"):
+                    message = self._receive(deadline)
             except GuestTimeout:
                 raise GuestTimeout(f"no event {name} in {limit} s; seen: {seen}") from None
             if "event" not in message:
@@ -106,6 +129,16 @@ class Qmp:
     def close(self) -> None:
         """Close it; once more is harmless."""
         self._lines.close()
+
+    @contextmanager
+    def _explained(self, when: str) -> Iterator[None]:
+        """Add to the end of QEMU what is known about it elsewhere."""
+        try:
+            yield
+        except GuestEnded as end:
+            if self._ended is None:
+                raise
+            raise self._ended(f"QEMU ended {when}") from end
 
     def _receive(self, deadline: float) -> Message:
         line = self._lines.line(timeout=deadline - time.monotonic())
