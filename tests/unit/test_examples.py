@@ -64,7 +64,7 @@ def test_an_example_refuses_a_state_that_is_cut_or_too_long(spec: str) -> None:
 def test_the_template_shows_every_hook_and_attribute() -> None:
     template, stubborn = type(make(f"{TEMPLATE}:Template")), type(make(f"{TEMPLATE}:Stubborn"))
     # What a device uses and never overrides.
-    offered = {"check_capabilities", "data_ready", "interrupts", "regions"}
+    offered = {"check_capabilities", "configuration", "data_ready", "interrupts", "regions"}
     shown = vars(template).keys() | vars(stubborn).keys()
     hooks = {name for name in vars(Device) if not name.startswith("_")} - offered
     assert hooks >= {"save", "load", "poll", "migration_set_state"}

@@ -209,3 +209,41 @@ def test_firmware_reads_the_disk_through_configuration_space_alone() -> None:
         assert driver.read(3, 512) == b"boot sector".ljust(512, b"!")
         with pytest.raises(OSError, match="is not decoded"):
             Registers(machine).read(0, 4)
+
+
+def test_firmware_that_migrates_between_saying_where_and_looking_looks_there(
+    machine: Machine, guest: Guest
+) -> None:
+    before = ThroughTheWindow(machine)
+    machine.file.pwrite(CONFIG + pci.PCI_BASE_ADDRESS_0 + 16, struct.pack("<I", 0xFE000000))
+    before._look(0x2000, 4)  # the disk's size in sectors, in the device's own configuration
+    with Machine(guest) as other:
+        after = ThroughTheWindow(other)
+        after._look(0x0000, 2)
+        move(machine, other)
+        assert other.file.pread(after.window + 16, 4) == struct.pack("<I", SIZE // 512)
+        assert other.file.pread(after.window, 16) == machine.file.pread(before.window, 16)
+        bar = CONFIG + pci.PCI_BASE_ADDRESS_0 + 16
+        assert other.file.pread(bar, 4) == b"\4\0\0\0", "the user restores what a bus defines"
+
+
+def test_a_state_from_before_the_window_was_in_it_is_taken(machine: Machine, guest: Guest) -> None:
+    """So is one of a guest that has no use for the window, by whoever knows of none."""
+    window = ThroughTheWindow(machine)
+    without = machine.served.device.state_size()
+    window._look(0x2000, 4)
+    assert machine.served.device.state_size() == without + 12
+    with Machine(guest) as other:
+        move(other, machine)
+        assert machine.file.pread(window.window + 4, 12) == bytes(12)
+        assert machine.served.device.state_size() == without
+
+
+def move(source: Machine, destination: Machine) -> None:
+    saving = source.go(State.STOP_COPY)
+    told = source.served.device.state_size()
+    stream = source.read_all(saving, 1 << 20)
+    assert len(stream) == told
+    loading = destination.go(State.RESUMING)
+    assert destination.write(loading, stream) == len(stream)
+    destination.go(State.RUNNING)

@@ -477,15 +477,29 @@ def test_a_transport_that_cannot_be_is_refused(at: int, value: int, words: str) 
         bench.device.stop()
         transport = bytearray(device.save_transport())
     struct.pack_into("<H", transport, at, value)
-    stream = state_of(VirtioBlk(size=4096))
-    tail = len(transport)
-    head = sealed(struct.pack("<4sIII", b"TAIL", 0, tail, zlib.crc32(transport)))
-    forged = stream[: len(stream) - tail - 20] + head + bytes(transport)
     with pytest.raises(StateRejected, match=words):
-        load(device, forged)
+        load(device, with_transport(bytes(transport)))
 
 
-@pytest.mark.parametrize("record", [(b"BLKS", 1, 1), (b"BLKS", 0, 0), (b"WHAT", 0, 1)])
+@pytest.mark.parametrize("change", [-1, 1, 11, 13])
+def test_a_transport_of_another_length_is_refused(change: int) -> None:
+    transport = VirtioBlk(size=4096).save_transport()
+    forged = transport[:change] if change < 0 else transport + b"\1" * change
+    with pytest.raises(StateRejected, match=f"the tail of the state has {len(forged)} bytes"):
+        load(VirtioBlk(size=4096), with_transport(forged))
+
+
+def with_transport(transport: bytes) -> bytes:
+    """A state of a small disk with another tail."""
+    device = VirtioBlk(size=4096)
+    stream = state_of(device)
+    head = sealed(struct.pack("<4sIII", b"TAIL", 0, len(transport), zlib.crc32(transport)))
+    return stream[: len(stream) - device.transport_size() - 20] + head + transport
+
+
+@pytest.mark.parametrize(
+    "record", [(b"BLKS", 1, 1), (b"BLKS", 0, 0), (b"WHAT", 0, 1), (b"TAIL", 0, 1 << 20)]
+)
 def test_records_that_make_no_sense_are_refused(record: tuple[bytes, int, int]) -> None:
     stream = state_of(VirtioBlk(size=4096))
     header = stream[: struct.calcsize("<8s16sI8sIQ") + 4]

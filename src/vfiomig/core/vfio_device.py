@@ -24,7 +24,6 @@ from vfiomig.core import bind, info, irqs, precopy, regions, v6
 from vfiomig.core.caller import Caller
 from vfiomig.core.feature import device_feature
 from vfiomig.core.migration import Migration
-from vfiomig.device import ConfigurationSpace
 from vfiomig.fsm import Capability
 from vfiomig.iommu import DirtyLog, DmaPort
 
@@ -54,9 +53,7 @@ class VfioDevice:
         self.capabilities = Capability(device.capabilities)
         shown = Capability.STOP_COPY if dialect is Dialect.V6 else self.capabilities
         self.migration = Migration(device, name, shown & self.capabilities)
-        self.configuration = ConfigurationSpace(
-            device.pci, device.regions, device.interrupt_pin, device.pci_capabilities
-        )
+        self.configuration = device.configuration
         self.irqs = irqs.Irqs(self.configuration)
         device.interrupts = self.irqs
         #: Parts of regions that are not the device's own, by region index.

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
 from vfiomig.device.configuration import ConfigurationSpace
@@ -131,6 +132,15 @@ class Device:
                 f"{cls.__name__} has the capability PRE_COPY but no precopy(); "
                 "write it, or leave PRE_COPY out"
             )
+
+    @cached_property
+    def configuration(self) -> ConfigurationSpace:
+        """The registers of the PCI function, which outlive resets.
+
+        A program that migrates a guest restores what a bus defines. What a vendor's capability
+        lets a driver write is the device's own, and belongs into its state.
+        """
+        return ConfigurationSpace(self.pci, self.regions, self.interrupt_pin, self.pci_capabilities)
 
     # Run levels.
 

@@ -185,13 +185,15 @@ class RegionWindow:
     """A way to the regions through configuration space: ``struct virtio_pci_cfg_cap``.
 
     A program says where: BAR, offset, and a length of 1, 2 or 4 bytes. What it then reads or
-    writes in the last four bytes is read or written there; no code of the device is needed. See
-    "PCI configuration access capability" in the VIRTIO specification, version 1.2.
+    writes in the last four bytes is read or written there; no code of the device is needed but
+    for what ``save`` and ``load`` do with the place. See "PCI configuration access capability" in
+    the VIRTIO specification, version 1.2.
     """
 
     id: ClassVar[int] = pci.PCI_CAP_ID_VNDR
-    #: Bytes of the capability, and where in it the data begins.
+    #: Bytes of the capability, and where in it the place and the data begin.
     SIZE: ClassVar[int] = 20
+    PLACE: ClassVar[int] = 4
     DATA: ClassVar[int] = 16
     DATA_SIZE: ClassVar[int] = 4
 

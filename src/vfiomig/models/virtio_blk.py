@@ -220,7 +220,7 @@ class VirtioBlk(VirtioPci):
 
     def load(self, state: StateReader) -> None:
         self._partly_loaded = True
-        self.load_transport(virtio_stream.load(state, self._disk, self.transport_size()))
+        self.load_transport(virtio_stream.load(state, self._disk))
         self._partly_loaded = False
 
     def _session(self) -> virtio_stream.Outgoing:

@@ -27,7 +27,7 @@ import threading
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from vfiomig.device import Device, Msix, Region, RegionWindow, VendorCapability
-from vfiomig.errors import DeviceError
+from vfiomig.errors import DeviceError, StateRejected
 from vfiomig.models.virtio_registers import COMMON_SIZE, DEVICE_STATUS, CommonConfiguration
 from vfiomig.models.virtio_worker import Worker
 from vfiomig.models.virtqueue import NO_VECTOR, RingBroken
@@ -56,6 +56,9 @@ VIRTIO_PCI_CAP_DEVICE_CFG: Final = 4
 
 QUEUE_INTERRUPT: Final = 1
 CONFIG_INTERRUPT: Final = 2
+
+#: Of the window's registers, which say a place, and then hold what is read or written there.
+WINDOW_SIZE: Final = RegionWindow.DATA - RegionWindow.PLACE
 
 #: Requests that are answered before the driver hears of them, and by whoever notified.
 BATCH: Final = 16
@@ -242,13 +245,33 @@ class VirtioPci(Device):
     # The state, while nothing is under way.
 
     def save_transport(self) -> bytes:
-        return bytes((self._isr,)) + self.common.save()
+        return bytes((self._isr,)) + self.common.save() + self._saved_window()
 
     def transport_size(self) -> int:
-        return 1 + self.common.saved_size()
+        return self._transport_sizes[bool(self._saved_window())]
+
+    @property
+    def _transport_sizes(self) -> tuple[int, int]:
+        """Without the place of the window, and with it."""
+        least = 1 + self.common.saved_size()
+        return least, least + WINDOW_SIZE
 
     def load_transport(self, state: bytes) -> None:
         """Take what ``save_transport`` gave; ``StateRejected`` if it cannot be this device's."""
-        self.common.load(state[1:])
+        least, _ = self._transport_sizes
+        if len(state) not in self._transport_sizes:
+            raise StateRejected(f"the tail of the state has {len(state)} bytes")
+        self.common.load(state[1:least])
         self._isr = state[0]
+        window = state[least:].ljust(WINDOW_SIZE, b"\0")
+        self.configuration.write(self._window_at, window)
         self._loaded = True
+
+    @property
+    def _window_at(self) -> int:
+        return self.configuration.places[RegionWindow] + RegionWindow.PLACE
+
+    def _saved_window(self) -> bytes:
+        """Where firmware looks through the window; nothing if it never has."""
+        place = self.configuration.read(self._window_at, WINDOW_SIZE)
+        return place if any(place) else b""

@@ -42,6 +42,8 @@ HEADER: Final = struct.Struct("<24sI8sIQ")
 RECORD: Final = struct.Struct("<4sIII")
 BLOCKS: Final = b"BLKS"
 TAIL: Final = b"TAIL"
+#: No tail is longer; what it holds is the transport's.
+TAIL_LIMIT: Final = 1 << 16
 HEADER_BYTES: Final = HEADER.size + CHECKSUM.size
 RECORD_BYTES: Final = RECORD.size + CHECKSUM.size
 
@@ -109,7 +111,7 @@ class Outgoing:
                 yield *run, self._disk.content(*run)
 
 
-def load(state: StateReader, disk: MemoryDisk | FileDisk, tail_size: int) -> bytes:
+def load(state: StateReader, disk: MemoryDisk | FileDisk) -> bytes:
     """Read a whole state: the content into ``disk``, and return the tail.
 
     Raises:
@@ -120,7 +122,7 @@ def load(state: StateReader, disk: MemoryDisk | FileDisk, tail_size: int) -> byt
         disk.clear()
     while True:
         kind, first, count, checksum = RECORD.unpack(read_sealed(state, RECORD.size, "record"))
-        if kind == TAIL and not first and count == tail_size:
+        if kind == TAIL and not first and count <= TAIL_LIMIT:
             break
         if kind != BLOCKS or not isinstance(disk, MemoryDisk):
             raise StateRejected(f"a record of the state makes no sense: {kind!r} {first} {count}")
@@ -131,7 +133,7 @@ def load(state: StateReader, disk: MemoryDisk | FileDisk, tail_size: int) -> byt
             raise StateRejected(f"the state ends in the blocks from {first} on")
         if zlib.crc32(view) != checksum:
             raise StateRejected(f"a block from {first} on is damaged in the state")
-    tail = read_exactly(state, tail_size, "tail")
+    tail = read_exactly(state, count, "tail")
     if zlib.crc32(tail) != checksum:
         raise StateRejected("the tail of the state is damaged")
     if state.read(1):
