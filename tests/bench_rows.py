@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 BENCH = Path(__file__).parents[1] / "bench"
+#: Every measurement is run by a test: those that need no guest, and those that do.
+WITHOUT_GUESTS = ("state_stream", "get_state", "bar_read", "many_devices", "vfio_user")
+WITH_GUESTS = ("virtio_disk", "downtime")
 
 
 def check_measurement(name: str, *, timeout: float) -> None:
