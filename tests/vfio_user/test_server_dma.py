@@ -30,6 +30,7 @@ from raw_vfio_user import (
     REGION_WRITE,
     REPLY,
     REPORT,
+    RESET,
     SET,
     START,
     STOP,
@@ -418,6 +419,47 @@ def test_a_client_that_does_not_answer_fails_the_dma_in_time(
     assert "owes the answer" in engine.problem
     answer(client, late, bytes(16))
     assert work_by_messages(client) == DONE
+
+
+@pytest.mark.parametrize("command", [READ_APART, WRITE_APART])
+def test_a_reset_does_not_wait_for_a_client_that_answers_no_dma_before_it(
+    client: Raw, engine: Engine, command: int
+) -> None:
+    """As QEMU, whose thread that waits for the reply has the lock that the answer needs."""
+    client.good(DMA_MAP, map_body(IOVA, PAGE))
+    order(client, IOVA, 16)
+    start(client, command)
+    messages = {m.command: m for m in (client.receive(), client.receive()) if m is not None}
+    asked = messages[DMA_READ if command == READ_APART else DMA_WRITE]
+    begun = time.monotonic()
+    client.good(RESET)
+    assert time.monotonic() - begun < line_module.DMA_SECONDS / 2
+    assert "the device is reset" in engine.problem
+    # It is asked for more at once, and its late answer is nobody's.
+    order(client, IOVA, 16)
+    number = start(client, READ)
+    again = expect(client, DMA_READ)
+    answer(client, asked, bytes(16) if command == READ_APART else b"")
+    answer(client, again, b"what comes now!!")
+    expect(client, REGION_WRITE, number)
+    assert client.read_region(0, 24, 4)[0] == DONE
+    assert engine.memory[:16] == b"what comes now!!"
+
+
+def test_a_client_that_resets_and_never_answers_is_asked_no_more(
+    client: Raw, engine: Engine
+) -> None:
+    client.good(DMA_MAP, map_body(IOVA, PAGE))
+    order(client, IOVA, 16)
+    for _ in range(line_module.MOST_DROPPED):
+        start(client, READ_APART)
+        assert {m.command for m in (client.receive(), client.receive()) if m} == {
+            DMA_READ,
+            REGION_WRITE,
+        }
+        client.good(RESET)
+    assert work(client, IOVA, 16, READ) == FAILED
+    assert "owes the answer" in engine.problem
 
 
 def test_a_client_that_leaves_fails_the_dma_at_once(engine: Engine) -> None:

@@ -115,9 +115,10 @@ class VfioDevice:
             self.group = None
 
     def reset(self) -> int:
-        """Reset the function; return an errno or 0."""
-        self.irqs.reset()
-        return self.migration.reset()
+        """Reset the function; return an errno or 0. DMA that waits for its user ends with it."""
+        with self.device.dma.asking_nobody():
+            self.irqs.reset()
+            return self.migration.reset()
 
     def start_dirty_log(self, log: DirtyLog) -> None:
         """Begin DMA logging: EINVAL if there is a log already."""

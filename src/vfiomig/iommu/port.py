@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import errno
 import threading
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from vfiomig.errors import DeviceError, RequestError
 from vfiomig.iommu.table import PageTable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from vfiomig.iommu.dirty import DirtyLog
     from vfiomig.iommu.space import IoSpace, Memory
@@ -79,6 +80,13 @@ class DmaPort:
         So a hook for an access of the user's leaves such DMA to a thread.
         """
         return self._attached is not None and self._attached.space.asks_user
+
+    @contextmanager
+    def asking_nobody(self) -> Iterator[None]:
+        """Let accesses that wait for the user fail at once, and none begin, as in a reset."""
+        space = self.space
+        with nullcontext() if space is None else space.asking_nobody():
+            yield
 
     def master(self, on: bool) -> None:
         """Let the device do DMA, or not, as a PCI function's bus master bit does."""

@@ -21,6 +21,8 @@ from vfiomig.wire import replies
 from vfiomig.wire.layouts import DMA_ACCESS
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from vfiomig.descriptors import Fd
     from vfiomig.doors.vfio_user.line import Line
     from vfiomig.wire import Limits, Reply
@@ -60,6 +62,9 @@ class ClientMemory:
             answer = self._ask(vfio_user.VFIO_USER_DMA_WRITE, address + at, len(piece), piece)
             replies.dma_write_untrusted(answer, address + at, len(piece))
 
+    def asking_nobody(self) -> AbstractContextManager[None]:
+        return self._line.asking_nobody()
+
     def _ask(
         self,
         command: int,
@@ -82,6 +87,9 @@ class ClientSpace(IoSpace):
         self._memory = memory
         self._most_maps = most_maps
         self._backings = Backings()
+
+    def asking_nobody(self) -> AbstractContextManager[None]:
+        return self._memory.asking_nobody()
 
     def map_asked(self, asked: vfio_user.DmaMap, file: Fd | None) -> None:
         """Do what a checked DMA_MAP asks for.

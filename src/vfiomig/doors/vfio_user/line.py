@@ -16,13 +16,16 @@ while it is full nobody receives, and the client waits for us as we wait for it.
 
 Nothing waits for ever on a client. One that stalls in the middle of a message, or does not read
 its replies, is given up after ``STALLED`` seconds: both are timeouts of the socket, so they cost
-nothing. A reply to DMA has a deadline as well. ``hang_up`` wakes everybody.
+nothing. A reply to DMA has a deadline as well. ``hang_up`` wakes everybody, and ``asking_nobody``
+whoever waits for a reply to DMA: while the device is reset there is no DMA, and the client may be
+one that answers nothing before it has the reply to its reset.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import select
 import socket
@@ -30,15 +33,15 @@ import struct
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from vfiomig.descriptors import passed_descriptors, poll_until, rights
+from vfiomig.descriptors import Fd, passed_descriptors, poll_until, rights
 from vfiomig.errors import WireError
 from vfiomig.wire import Request, command_name, rest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from vfiomig.wire import Buffer, Buffers, Reply, ServerConnection
 
@@ -54,6 +57,8 @@ DMA_SECONDS = 4.0
 #: Requests, and bytes of their data, that wait while another one is executed.
 QUEUED = 64
 QUEUED_BYTES = 32 << 20
+#: Requests that a client may leave unanswered because the device was reset, and is asked more.
+MOST_DROPPED = 64
 #: Room for as many descriptors as the kernel passes in one call.
 ROOM = socket.CMSG_SPACE(253 * 4)
 #: As plain numbers: those of an enum cost more than the call that they are for.
@@ -71,11 +76,13 @@ class ClientGone(Exception):
 class _Waiter:
     """Somebody who waits for a reply: where its data go, and what became of it."""
 
-    __slots__ = ("answer", "done", "into")
+    __slots__ = ("answer", "done", "ended", "into")
 
     def __init__(self, into: memoryview) -> None:
         self.into = into
         self.done = False
+        #: By a reset of the device, which waits for no answer.
+        self.ended = False
         #: Apart from the receive buffer; nothing, if the client went while it was received.
         self.answer: Reply | None = None
 
@@ -101,6 +108,13 @@ class Line:
         self._waiting = 0
         self._waiters: dict[int, _Waiter] = {}
         self._owed = 0  # replies that nobody waits for any more
+        self._dropped: set[int] = set()  # requests that a reset has ended, likewise
+        self._asks_nobody = False
+        #: Readable while that is so.
+        self._interrupt = Fd(os.eventfd(0, os.EFD_CLOEXEC))
+        self._arrivals = select.poll()
+        self._arrivals.register(sock, select.POLLIN)
+        self._arrivals.register(self._interrupt, select.POLLIN)
         self._queue: deque[Request] = deque()
         self._queued_bytes = 0
 
@@ -120,6 +134,7 @@ class Line:
         self.lend()
         with self._role, self._sending:
             self._socket.close()
+            self._interrupt.close()
             close_all(self.wire.close())
         for request in self._queue:
             close_all(request.fds)
@@ -227,7 +242,7 @@ class Line:
         try:
             if (message := wire.next()) is not None:
                 return message
-            if deadline is not None and not poll_until(self._socket, select.POLLIN, deadline):
+            if deadline is not None and not self._has_arrived(deadline):
                 return None
             count, ancillary, flags, _ = self._recvmsg_into([wire.buffer()], ROOM, CLOEXEC)
             if not count or ancillary or flags & CTRUNC:
@@ -244,6 +259,12 @@ class Line:
             raise _stalled() from None
         except OSError as failure:
             raise _broken(failure) from None
+
+    def _has_arrived(self, deadline: float) -> bool:
+        """Wait for bytes; ``False`` when time is up, or nobody is to wait any more."""
+        left = max(0.0, deadline - time.monotonic())
+        ready = self._arrivals.poll(math.ceil(left * 1000))
+        return any(number == self._fd for number, _ in ready)
 
     def _received(self, count: int, fds: list[int], *, lost: bool) -> None:
         """Note what came, if it is more than some bytes, or less."""
@@ -298,7 +319,9 @@ class Line:
         close_all(reply.fds)
         with self._turns:
             waiter = self._waiters.pop(reply.msg_id, None)
-            if waiter is None:
+            if waiter is None and reply.msg_id in self._dropped:
+                self._dropped.remove(reply.msg_id)
+            elif waiter is None:
                 self._owed -= 1
         if waiter is None:
             log.debug("the late answer to a %s is dropped", command_name(reply.command))
@@ -327,15 +350,14 @@ class Line:
 
         Raises:
             OSError: ENODEV if the client has gone, ETIMEDOUT if it does not answer in time, or
-                still owes an earlier answer.
+                still owes an earlier answer, ECANCELED if the device is reset meanwhile.
         """
         waiter = _Waiter(into)
         with self._sending:
-            self._require_here()
-            if self._owed:
-                raise OSError(errno.ETIMEDOUT, "the client still owes the answer to earlier DMA")
+            self._require_answers()
             outgoing = self.wire.request(command, head, data)
             self._waiters[outgoing.msg_id] = waiter
+            waiter.ended = self._asks_nobody  # since a moment ago
             try:
                 self._send_locked(outgoing.buffers)
             except OSError as failure:
@@ -346,14 +368,25 @@ class Line:
             log.debug("DMA gets no answer: %s", gone)
             self.hang_up()
         with self._turns:
-            if self._waiters.pop(outgoing.msg_id, None) is not None:
-                self._owed += 1
-            else:
+            if self._waiters.pop(outgoing.msg_id, None) is None:
                 self._turns.wait_for(lambda: waiter.done)  # just being received
+            elif waiter.ended:
+                self._dropped.add(outgoing.msg_id)
+            else:
+                self._owed += 1
         if waiter.answer is not None:
             return waiter.answer
         self._require_here()
+        if waiter.ended:
+            raise _reset()
         raise OSError(errno.ETIMEDOUT, f"the client did not answer within {DMA_SECONDS:g} seconds")
+
+    def _require_answers(self) -> None:
+        self._require_here()
+        if self._asks_nobody:
+            raise _reset()
+        if self._owed or len(self._dropped) >= MOST_DROPPED:
+            raise OSError(errno.ETIMEDOUT, "the client still owes the answer to earlier DMA")
 
     def _require_here(self) -> None:
         if self.over:
@@ -361,7 +394,7 @@ class Line:
 
     def _await(self, waiter: _Waiter, deadline: float) -> None:
         """Wait for a reply, receiving whatever comes if nobody else does."""
-        while not waiter.done and not self.over and time.monotonic() < deadline:
+        while not self._ends(waiter) and time.monotonic() < deadline:
             if self._room and self._role.acquire(blocking=False):
                 try:
                     self._receive_for(waiter, deadline)
@@ -370,12 +403,30 @@ class Line:
                     self._tell()
             else:
                 self._wait_for(
-                    lambda: waiter.done or self.over or (self._room and not self._role.locked()),
+                    lambda: self._ends(waiter) or (self._room and not self._role.locked()),
                     deadline,
                 )
 
+    def _ends(self, waiter: _Waiter) -> bool:
+        """Whether there is nothing left to wait for."""
+        return waiter.done or waiter.ended or self.over
+
+    @contextmanager
+    def asking_nobody(self) -> Iterator[None]:
+        """Let nobody wait for a reply to DMA, and ask for none, while the device is reset."""
+        self._asks_nobody = True
+        for waiter in tuple(self._waiters.values()):
+            waiter.ended = True
+        os.eventfd_write(self._interrupt.fileno(), 1)
+        self._tell()
+        try:
+            yield
+        finally:
+            os.eventfd_read(self._interrupt.fileno())
+            self._asks_nobody = False
+
     def _receive_for(self, waiter: _Waiter, deadline: float) -> None:
-        while not waiter.done and self._room and time.monotonic() < deadline:
+        while not self._ends(waiter) and self._room and time.monotonic() < deadline:
             message = self._next(deadline)
             if message is None:
                 continue
@@ -383,6 +434,10 @@ class Line:
                 self._enqueue(message)
             else:
                 self._hand_over_reply(message)
+
+
+def _reset() -> OSError:
+    return OSError(errno.ECANCELED, "the device is reset")
 
 
 def _stalled() -> ClientGone:
