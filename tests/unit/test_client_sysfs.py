@@ -39,6 +39,16 @@ def test_a_device_is_found_by_its_name_and_by_its_node(row: Made, sysfs: Sysfs) 
         assert sysfs.of_node(row.node) == found
 
 
+def test_a_function_tells_its_vendor(sysfs: Sysfs) -> None:
+    folder = sysfs.root / "bus/pci/devices" / NIC
+    (folder / "vendor").write_text("0x15b3\n", encoding="ascii")
+    found = sysfs.find(NIC)
+    assert found is not None
+    assert found.vendor == 0x15B3
+    (folder / "vendor").write_text("?\n", encoding="ascii")
+    assert sysfs.find(NIC) == SysDevice(NIC, "mlx5_vfio_pci", "vfio0", "12")
+
+
 def test_what_is_not_there_is_none(sysfs: Sysfs, tmp_path: Path) -> None:
     assert sysfs.find("0000:ff:00.0") is None
     assert sysfs.of_node("vfio9") is None
@@ -77,6 +87,9 @@ def test_before_a_vfio_driver_had_a_node_its_name_tells(tmp_path: Path) -> None:
         (SysDevice(NIC, None, None, "12"), ("no driver is bound", "driverctl set-override", NIC)),
         (SysDevice(NIC, "nvme", None, "12"), ("bound to nvme", "no VFIO driver", NIC)),
         (SysDevice(NIC, "nvme", None, None), ("no IOMMU group", "intel_iommu=on")),
+        (SysDevice(NIC, "mlx5_core", None, "12", 0x15B3), (f"set-override {NIC} mlx5_vfio_pci",)),
+        (SysDevice(NIC, None, None, "12", 0x8086), ("qat_vfio_pci or xe_vfio_pci", NIC)),
+        (SysDevice(NIC, "nvme", None, "12", 0x144D), (f"{NIC} vfio-pci", "vendor, 0x144d")),
         (SysDevice(NIC, "vfio-pci", "vfio0", "12"), ("/dev/vfio/devices/vfio0", "visible")),
         (SysDevice(NIC, "vfio-pci", None, "12"), ("vfio-pci has it", "no /dev/vfio/12", "visible")),
     ],

@@ -7,7 +7,7 @@ step and by what sysfs knows of the device. ``refused`` makes the error of all t
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfiomig.client.kernel import BY
 from vfiomig.errors import RequestError, TargetError
@@ -102,17 +102,34 @@ NO_DEVICE_BUT_CONTAINER: Final = (
 )
 FIRST: Final = {errno.EBUSY: "another program has its group open: end that one first"}
 
-#: Drivers of the kernel that migrate some device, and what that depends on.
+
+class Migrating(NamedTuple):
+    """A driver of the kernel that migrates some devices."""
+
+    #: The PCI vendor of its devices.
+    vendor: int | None
+    #: What it depends on whether it migrates a certain one.
+    needs: str
+
+
 MIGRATES: Final = {
-    "mlx5_vfio_pci": "its physical function must allow it: devlink port function set ... "
-    "migratable enable, before the driver is bound",
-    "hisi_acc_vfio_pci": "the driver of its physical function must be the kernel's own, and new "
-    "enough",
-    "pds_vfio_pci": "its firmware must offer live migration",
-    "virtio_vfio_pci": "the virtio device must offer the device parts admin commands",
-    "qat_vfio_pci": "its physical function's driver must offer live migration",
-    "xe_vfio_pci": "its physical function's driver must run in SR-IOV mode and offer migration",
-    "mtty": "Linux 6.8 or later",
+    "mlx5_vfio_pci": Migrating(
+        0x15B3,
+        "its physical function must allow it: devlink port function set ... migratable enable, "
+        "before the driver is bound",
+    ),
+    "hisi_acc_vfio_pci": Migrating(
+        0x19E5, "the driver of its physical function must be the kernel's own, and new enough"
+    ),
+    "pds_vfio_pci": Migrating(0x1DD8, "its firmware must offer live migration"),
+    "virtio_vfio_pci": Migrating(
+        0x1AF4, "the virtio device must offer the device parts admin commands"
+    ),
+    "qat_vfio_pci": Migrating(0x8086, "its physical function's driver must offer live migration"),
+    "xe_vfio_pci": Migrating(
+        0x8086, "its physical function's driver must run in SR-IOV mode and offer migration"
+    ),
+    "mtty": Migrating(None, "Linux 6.8 or later"),
 }
 GENERIC: Final = "vfio-pci"
 #: Drivers of bridges, which are in nobody's way.
@@ -150,15 +167,27 @@ def not_bound(device: SysDevice) -> str:
         has = "no driver is bound to it"
     else:
         has = f"it is bound to {device.driver}, which is no VFIO driver"
-    bind = (
-        f"bind it to the VFIO driver that migrates it (driverctl set-override {device.name} DRIVER)"
-    )
+    bind = _how_to_bind(device)
     if device.group is None:
         return (
             f"{has}, and it has no IOMMU group: enable the IOMMU in the machine's firmware and "
             f"kernel (intel_iommu=on, or amd_iommu=on), then {bind}"
         )
     return f"{has}: {bind}"
+
+
+def _how_to_bind(device: SysDevice) -> str:
+    command = f"driverctl set-override {device.name}"
+    if device.vendor is None:
+        return f"bind it to the VFIO driver that migrates it ({command} DRIVER)"
+    drivers = [name for name, row in MIGRATES.items() if row.vendor == device.vendor]
+    if drivers:
+        which = " or ".join(drivers)
+        return f"bind it to {which}, which migrates devices of its vendor ({command} {drivers[0]})"
+    return (
+        f"bind it to {GENERIC}, which does not migrate it ({command} {GENERIC}); no driver is "
+        f"known here that migrates devices of its vendor, {device.vendor:#06x}"
+    )
 
 
 def not_viable(group: str, members: Iterable[SysDevice]) -> str:
@@ -199,5 +228,5 @@ def why_no_migration(about: Mapping[str, str | int | bool]) -> str:
             f"{', '.join(MIGRATES)}; one behind vfiomig run has what its Device class has"
         )
     if driver in MIGRATES:
-        return f"its driver {driver} could, but does not for this device: {MIGRATES[driver]}"
+        return f"its driver {driver} could, but does not for this device: {MIGRATES[driver].needs}"
     return f"its driver {driver} offers no migration: look for a newer one"

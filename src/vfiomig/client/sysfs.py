@@ -31,6 +31,8 @@ class SysDevice:
     node: str | None
     #: Its node under /dev/vfio, which is there once a VFIO driver has one of the group's devices.
     group: str | None
+    #: Who made it, if it is a PCI function.
+    vendor: int | None = None
 
 
 class Sysfs:
@@ -61,7 +63,8 @@ class Sysfs:
     def _describe(self, folder: Path, name: str) -> SysDevice:
         nodes = _names(folder / "vfio-dev")
         driver = _link(folder / "driver")
-        return SysDevice(name, driver, nodes[0] if nodes else None, self._group(folder))
+        node = nodes[0] if nodes else None
+        return SysDevice(name, driver, node, self._group(folder), _number(folder / "vendor"))
 
     def _group(self, folder: Path) -> str | None:
         number = _link(folder / "iommu_group")
@@ -76,6 +79,13 @@ def _link(path: Path) -> str | None:
     try:
         return os.path.basename(os.readlink(path))
     except OSError:
+        return None
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"), 16)
+    except (OSError, ValueError):
         return None
 
 
