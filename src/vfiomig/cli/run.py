@@ -37,8 +37,9 @@ def run(
     """Run a program that uses VFIO devices written in Python.
 
     The program finds /dev/vfio/devices/vfio0, vfio1, ... and /dev/iommu, the groups /dev/vfio/0,
-    1, ... and the container /dev/vfio/vfio, or gets descriptors where its arguments contain
-    {dev0}, {dev1}, ... or {iommu}. Its output is left alone.
+    1, ... and the container /dev/vfio/vfio, and in /sys/bus/pci/devices the functions
+    0000:01:00.0, 0000:02:00.0, ... It gets descriptors where its arguments contain {dev0},
+    {dev1}, ... or {iommu}. Its output is left alone.
 
     Parameters
     ----------
