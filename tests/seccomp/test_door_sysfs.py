@@ -154,6 +154,8 @@ def test_every_way_to_look_at_links_folders_and_files(tmp_path: Path) -> None:
         FAILS(open(CARD "/driver", O_RDONLY | O_NOFOLLOW), ELOOP);
         FAILS(stat(DEVICES "/0000:03:00.0", &about), ENOENT);
         FAILS(stat("/sys/kernel/iommu_groups/7", &about), ENOENT);
+        CHECK(!stat("/sys/module/vfio_pci", &about) && S_ISDIR(about.st_mode));
+        FAILS(open("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode", O_RDONLY), ENOENT);
 
         int folder = open(DEVICES "/0000:02:00.0", O_RDONLY | O_DIRECTORY);
         int file = openat(folder, "vendor", O_RDONLY);

@@ -42,6 +42,11 @@ OURS: Final = (
     "/sys/class/vfio-dev",
     "/sys/devices/virtual/vfio",
     GROUPS,
+    # Where programs look whether VFIO is there at all.
+    "/sys/module/vfio",
+    "/sys/module/vfio_pci",
+    "/sys/module/vfio_iommu_type1",
+    "/sys/module/iommufd",
 )
 #: Lines of ``resource``: six BARs, the ROM, and six windows of bridges.
 RESOURCES: Final = 13
