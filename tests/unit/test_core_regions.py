@@ -141,7 +141,9 @@ def test_an_access_ends_with_its_region(program: Program, at: int) -> None:
 @pytest.mark.parametrize(
     "offset",
     [
-        0,
+        4096,
+        3 << 40,
+        8 << 40,
         region_offset(0) - 1,
         region_offset(0) + 4096,
         region_offset(1) - 1,
@@ -159,6 +161,17 @@ def test_an_offset_in_no_region_is_einval(program: Program, offset: int) -> None
     assert errno_of(lambda: program.file.pwrite(offset, b"x")) == errno.EINVAL
     assert program.file.pread(offset, 0) == b""
     assert program.file.pwrite(offset, b"") == 0
+
+
+def test_a_program_that_does_not_ask_for_offsets_reaches_the_regions_of_vfio_pci(
+    program: Program,
+) -> None:
+    """DPDK 22.11 reads configuration space at 7 << 40, whatever GET_REGION_INFO says."""
+    assert program.file.pread(CONFIG << 40, 4) == bytes.fromhex("34127856")
+    assert program.file.pwrite(5, b"five") == 4
+    assert program.file.pread(region_offset(0) + 5, 4) == b"five"
+    assert errno_of(lambda: program.file.pwrite(1 << 40, b"x")) == errno.EINVAL  # read-only
+    assert len(program.file.pread(1 << 40, 100)) == 16
 
 
 def test_regions_keep_their_direction(program: Program) -> None:

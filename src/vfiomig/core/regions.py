@@ -48,7 +48,8 @@ __all__ = (
 )
 
 #: Region offsets carry it in their top byte: a filter of system calls tells an access to a
-#: region by the offset alone.
+#: region by the offset alone. Without it they are vfio-pci's, which some programs take for granted
+#: where they read and write, and may.
 OFFSET_TAG = 0x56
 INDEX_SHIFT = 40
 #: What is left of an offset without its region.
@@ -262,7 +263,9 @@ def _write_configuration(
 
 def _locate(served: VfioDevice, offset: int, length: int) -> tuple[int, int, int]:
     """Region index, offset inside it, and how much of ``length`` lies there."""
-    index = offset - (OFFSET_TAG << 56) >> INDEX_SHIFT
+    index = offset >> INDEX_SHIFT
+    if offset >> 56 == OFFSET_TAG:
+        index -= OFFSET_TAG << 56 - INDEX_SHIFT
     at = offset & INSIDE
     if index == CONFIG:
         if at + length > served.configuration.size:
