@@ -98,6 +98,7 @@ WAYS = (
             "IOAS_MAP",
             "IOAS_UNMAP",
             "ATTACH and DETACH",
+            "no stream",
         ),
     ),
 )

@@ -154,7 +154,7 @@ class Calls:
         return opened
 
     def _plain(self, name: str) -> Handler:
-        """Reads and writes at the file's own position: sessions, and nothing else of ours."""
+        """Reads and writes at the file's own position: streams, and a device's regions."""
         writes, vectored = name in WRITES, name.endswith("v")
 
         def handle(call: Notification, turn: Turn) -> Answer:
@@ -163,8 +163,7 @@ class Calls:
                 return CARRY_ON
             if isinstance(opened, DataOpen):
                 return self._transfer(opened, call, turn, writes=writes, vectored=vectored)
-            _check_direction(opened, writes=writes)
-            raise OSError(errno.EINVAL, "the file's position is in no region")
+            return self._access(opened, call, turn, None, writes=writes, vectored=vectored)
 
         return handle
 
@@ -206,25 +205,46 @@ class Calls:
             flags = call.args[5] & LOW if extended else 0
             if isinstance(opened, DataOpen) and extended and offset == -1:
                 return self._transfer(opened, call, turn, writes=writes, vectored=True, flags=flags)
-            if offset < 0:
+            if offset < 0 and not (extended and offset == -1):
                 raise OSError(errno.EINVAL, "a negative offset")
             if isinstance(opened, DataOpen):
                 raise OSError(errno.ESPIPE, "a data_fd is a stream")
-            _check_direction(opened, writes=writes)
-            if not isinstance(opened, DeviceOpen):
-                raise OSError(errno.EINVAL, f"{opened.label} has nothing to read")
-            if vectored:
-                memory = CallMemory(ProcessMemory(call.tid))
-                segments = read_iovecs(memory, call.args[1], _signed(call.args[2]))
-                if segments and flags & ~RWF_HIPRI:
-                    raise OSError(errno.EOPNOTSUPP, "flags")
-            else:
-                segments = buffers([(call.args[1], call.args[2])])
-            if opened.hooked:
-                turn.if_long()
-            return _access_region(opened, call.tid, segments, offset, turn, writes=writes)
+            at = None if offset == -1 else offset
+            return self._access(
+                opened, call, turn, at, writes=writes, vectored=vectored, flags=flags
+            )
 
         return handle
+
+    def _access(
+        self,
+        opened: Opened,
+        call: Notification,
+        turn: Turn,
+        offset: int | None,
+        *,
+        writes: bool,
+        vectored: bool,
+        flags: int = 0,
+    ) -> Answer:
+        """Access a region at ``offset``, or at the file's position, which goes on then."""
+        _check_direction(opened, writes=writes)
+        if not isinstance(opened, DeviceOpen):
+            raise OSError(errno.EINVAL, f"{opened.label} has nothing to read")
+        if vectored:
+            memory = CallMemory(ProcessMemory(call.tid))
+            segments = read_iovecs(memory, call.args[1], _signed(call.args[2]))
+            if segments and flags & ~RWF_HIPRI:
+                raise OSError(errno.EOPNOTSUPP, "flags")
+        else:
+            segments = buffers([(call.args[1], call.args[2])])
+        if opened.hooked:
+            turn.if_long()
+        at = opened.position if offset is None else offset
+        done = _access_region(opened, call.tid, segments, at, turn, writes=writes)
+        if offset is None:
+            opened.position += done
+        return done
 
     def _mmap(self, call: Notification, turn: Turn) -> Answer:
         """The kernel maps a device's pages, if they may be mapped: they are in the memfd."""

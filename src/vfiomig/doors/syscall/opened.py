@@ -98,6 +98,8 @@ class DeviceOpen(Held):
     number: int
     file: VfioDeviceFile
     flags: int
+    #: Where read and write go on: nobody seeks, so in the first region to begin with.
+    position: int = field(default=0, init=False)
     #: Regions of the device are answered by code of its author, which may take its time.
     hooked: bool = field(init=False)
 
