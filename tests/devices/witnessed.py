@@ -51,9 +51,8 @@ class Witnessed(Pattern):
         holds: str = "",
         armed: str = "",
         pause: float = 0,
-        delay: str = "",
     ) -> None:
-        super().__init__(size=size, seed=seed, caps=caps, dirty=dirty, delay=delay, precopy=precopy)
+        super().__init__(size=size, seed=seed, caps=caps, dirty=dirty, precopy=precopy)
         self._notes = Path(notes)
         self._fails = fails
         self._number = number

@@ -21,6 +21,7 @@ from vfiomig.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vfiomig import StateReader
     from vfiomig.abi.uapi import UapiStruct
 
 FEATURE_SET = vfio.VFIO_DEVICE_FEATURE_SET | vfio.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE
@@ -308,6 +309,9 @@ class Waiting(Device):
     def save(self) -> Iterator[bytes]:
         assert self.released.wait(10)
         yield b"late"
+
+    def load(self, state: StateReader) -> None:
+        state.read(4)
 
 
 def test_closing_the_client_wakes_a_blocked_reader() -> None:

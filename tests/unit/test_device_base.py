@@ -32,6 +32,16 @@ def test_precopy_is_refused_without_a_precopy_when_the_class_is_made(caps: Capab
         VfioDevice(device)
 
 
+@pytest.mark.parametrize(("has", "lacks"), [("save", "load"), ("load", "save")])
+def test_a_class_that_only_saves_or_only_loads_is_refused(has: str, lacks: str) -> None:
+    hook = {has: lambda *_: ()}
+    with pytest.raises(TypeError, match=rf"Half has {has}\(\) but no {lacks}\(\).*write both"):
+        type("Half", (Device,), hook)
+    VfioDevice(type("Unmoved", (Device,), hook | {"capabilities": Capability(0)})())
+    both = {"save": lambda _: (), "load": lambda *_: None}
+    VfioDevice(type("Both", (Device,), both)())
+
+
 def test_a_base_class_may_have_the_precopy() -> None:
     class Base(Device):
         def precopy(self) -> list[bytes]:
@@ -97,6 +107,9 @@ def test_the_size_of_the_state_is_what_save_yields_unless_a_device_says_otherwis
     class Sized(Device):
         def save(self) -> list[bytes | memoryview]:
             return [b"abc", memoryview(b"defgh"), b""]
+
+        def load(self, state: StateReader) -> None:
+            state.read(8)
 
     assert Sized().state_size() == 8
     assert Device().state_size() == 0

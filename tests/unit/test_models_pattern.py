@@ -83,11 +83,6 @@ def test_poll_none_is_a_device_without_poll() -> None:
         ("pattern,poll=some", ["poll=some", "none"]),
         ("pattern,caps=p2p", ["p2p", "stop-copy+p2p+pre-copy"]),
         ("pattern,caps=warp", ["'warp'", "stop-copy+p2p+pre-copy"]),
-        ("pattern,delay=stop-moon:5ms", ["'stop-moon'", "stop-stop_copy"]),
-        ("pattern,delay=stop-stop_copy:5", ["'5'", "70ms"]),
-        ("pattern,delay=stop-stop_copy", ["''", "70ms"]),
-        ("pattern,caps=stop-copy,delay=running-pre_copy:1s", ["'running-pre_copy'"]),
-        ("pattern,caps=none,delay=stop-stop_copy:1s", ["cannot migrate"]),
     ],
 )
 def test_a_bad_value_is_refused_with_its_key_and_form(spec: str, words: list[str]) -> None:
@@ -95,17 +90,6 @@ def test_a_bad_value_is_refused_with_its_key_and_form(spec: str, words: list[str
         make(spec)
     for word in words:
         assert word in str(caught.value)
-
-
-def test_an_arc_with_a_delay_takes_that_long_and_the_others_do_not() -> None:
-    device = Pattern(size=100, delay="stop-stop_copy:80ms+resuming-stop:500us")
-    started = time.monotonic()
-    device.step(State.STOP_COPY, State.STOP)
-    device.step(State.RESUMING, State.STOP)
-    without = time.monotonic() - started
-    assert without >= 0.0005
-    device.step(State.STOP, State.STOP_COPY)
-    assert time.monotonic() - started >= without + 0.08
 
 
 # Memory.

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vfiomig import Device, SpecError
-from vfiomig.models import KNOWN, describe, make, parse_size
-from vfiomig.models.pattern import Pattern
+from vfiomig.models import COMMON, KNOWN, describe, make, parse_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,12 +86,12 @@ def test_every_ready_device_is_made_by_its_name_alone() -> None:
         assert type(make(name)) is cls
 
 
-def test_the_description_of_a_ready_device_names_all_its_keys() -> None:
-    text = describe("pattern")
-    for key in ("size", "seed", "caps", "dirty", "delay", "precopy", "poll"):
-        assert f"  {key} " in text
-        assert key in problem("pattern,colour=red")
-    assert "rate" in describe("counter")
+@pytest.mark.parametrize("name", KNOWN)
+def test_an_unknown_key_is_refused_with_all_that_are_known(name: str) -> None:
+    said = problem(f"{name},colour=red")
+    for key in (*describe(name).keys, *COMMON.keys):
+        assert key in said
+    assert f"vfiomig devices {name}" in said
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
@@ -135,7 +134,7 @@ def test_a_relative_path_is_a_path(file: Path, monkeypatch: pytest.MonkeyPatch) 
     ("rest", "words"),
     [
         (":Mine,size=1", ["'size'", "its keys are text, count, share, on, name"]),
-        (":Bare,size=1", ["'size'", "it has no keys"]),
+        (":Bare,size=1", ["'size'", "its keys are delay, fail"]),
         (":Mine,count=some", ["count=some", "whole number"]),
         (":Mine,share=some", ["share=some", "no number"]),
         (":Mine,on=perhaps", ["on=perhaps", "yes nor no"]),
@@ -187,7 +186,12 @@ def test_a_file_that_is_no_python_file_is_refused(tmp_path: Path) -> None:
     assert ".py" in problem(f"{path}:Mine")
 
 
-def test_values_may_hold_equals_signs_and_colons() -> None:
-    device = make("pattern,size=1K,delay=stop-stop_copy:1ms+resuming-stop:2ms")
-    assert isinstance(device, Pattern)
-    assert len(device._delays) == 2
+def test_a_file_without_a_class_is_refused_with_those_that_it_has(file: Path) -> None:
+    said = problem(f"{file}")
+    assert "name a class" in said
+    assert "Mine" in said
+
+
+def test_values_may_hold_equals_signs_and_colons(file: Path) -> None:
+    device = make(f"{file}:Open,a=b=c:d,e=:=")
+    assert vars(device)["keys"] == {"a": "b=c:d", "e": ":="}

@@ -165,7 +165,7 @@ def test_what_is_no_socket_is_not_touched(path: str, capsys: pytest.CaptureFixtu
     ("arguments", "said"),
     [
         ([], "name a socket"),
-        (["--socket", "s", "--fd", "0"], "name a socket"),
+        (["--socket", "s", "--fd", "0"], "not both"),
         (["--socket", "/nowhere/at/all"], "No such file or directory"),
         (["--socket", "x" * 108], "choose a shorter one"),
         (["--fd", "1000"], "it is not open"),

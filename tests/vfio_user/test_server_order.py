@@ -36,6 +36,8 @@ from vfiomig.models.pattern import Pattern
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vfiomig import StateReader
+
 SLOW = 0.3
 
 
@@ -119,6 +121,9 @@ class Failing(Device):
     def save(self) -> Iterator[bytes]:
         assert self.go.wait(10)
         yield b"late"
+
+    def load(self, state: StateReader) -> None:
+        state.read(4)
 
     @bar0.writer
     def write_bar0(self, offset: int, data: bytes) -> None:

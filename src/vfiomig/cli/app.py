@@ -110,6 +110,16 @@ VERBS: Final = (
         ),
     ),
     Verb(
+        "devices",
+        "vfiomig.cli.devices:devices",
+        "List the ready devices and their keys.",
+        (
+            "vfiomig devices",
+            "vfiomig devices pattern",
+            "vfiomig devices examples/template.py:Template --json",
+        ),
+    ),
+    Verb(
         "run",
         "vfiomig.cli.run:run",
         "Run a program with VFIO devices written in Python.",

@@ -57,6 +57,7 @@ def qemu(
         More arguments for QEMU, after ``--``.
     device:
         A device: NAME[,key=value...] or path.py:Class[,key=value...]; give it once for each.
+        ``vfiomig devices`` lists names and keys.
     qemu:
         This QEMU, 10.0 or later, and not the one on the PATH or in the cache folder.
     machine:

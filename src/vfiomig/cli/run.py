@@ -47,6 +47,7 @@ def run(
         The program and its arguments, after ``--``.
     device:
         A device: NAME[,key=value...] or path.py:Class[,key=value...]; give it once for each.
+        ``vfiomig devices`` lists names and keys.
     dialect:
         Which form of the migration protocol the devices speak.
     filter:

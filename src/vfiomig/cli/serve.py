@@ -47,7 +47,8 @@ def serve(
     Parameters
     ----------
     spec:
-        The device: NAME[,key=value...] or path.py:Class[,key=value...].
+        The device: NAME[,key=value...] or path.py:Class[,key=value...]; ``vfiomig devices`` lists
+        names and keys.
     socket:
         Where the socket is to be. One that a server left behind is replaced, any other is not.
     fd:

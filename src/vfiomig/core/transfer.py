@@ -190,6 +190,7 @@ class Migf(ABC):
     def _refusal(self, problem: BaseException, hook: str) -> DeviceError:
         """What an exception out of the author's code means: a refusal, or a bug, which is fatal."""
         if isinstance(problem, DeviceError):
+            log.debug("%s: %s() refused: %s", self.name, hook, problem)
             return problem
         outcome = "its session is over already" if self.dead else "the device goes to ERROR"
         log.error("%s: %s() raised; %s", self.name, hook, outcome, exc_info=problem)

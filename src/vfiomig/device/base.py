@@ -118,19 +118,24 @@ class Device:
 
         Raises:
             SpecError: not one of the legal sets (and not empty).
-            TypeError: PRE_COPY without a ``precopy`` of its own.
+            TypeError: PRE_COPY without a ``precopy`` of its own, or ``save`` without ``load``.
         """
         if not capabilities:
             return
-        controls = cls.migration_set_state is not Device.migration_set_state
-        if (
-            Capability.PRE_COPY in require_legal(capabilities)
-            and cls.precopy is Device.precopy
-            and not controls
-        ):
+        precopies = Capability.PRE_COPY in require_legal(capabilities)
+        if cls.migration_set_state is not Device.migration_set_state:
+            return
+        if precopies and cls.precopy is Device.precopy:
             raise TypeError(
                 f"{cls.__name__} has the capability PRE_COPY but no precopy(); "
                 "write it, or leave PRE_COPY out"
+            )
+        saves, loads = cls.save is not Device.save, cls.load is not Device.load
+        if saves != loads:
+            has, lacks = ("save", "load") if saves else ("load", "save")
+            raise TypeError(
+                f"{cls.__name__} has {has}() but no {lacks}(); what one writes the other reads: "
+                "write both"
             )
 
     @cached_property

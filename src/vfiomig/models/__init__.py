@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from vfiomig.models.spec import KNOWN, describe, make, parse_size
+from vfiomig.models.description import COMMON, Description, describe
+from vfiomig.models.spec import KNOWN, make, parse_size
 
-__all__ = ("KNOWN", "describe", "make", "parse_size")
+__all__ = ("COMMON", "KNOWN", "Description", "describe", "make", "parse_size")

@@ -1,4 +1,4 @@
-"""``pattern``: a synthetic device of any size, dirty rate, delay and capability set.
+"""``pattern``: a synthetic device of any size, dirty rate and capability set.
 
 Theory of operation
 -------------------
@@ -12,14 +12,13 @@ rewriting thread it is copies of single blocks, so that a buffer stays as it was
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from math import ceil
 from typing import TYPE_CHECKING, Final
 
 from vfiomig.device import Buffer, Device, PrecopyInfo, Region, StateReader
 from vfiomig.errors import SpecError
-from vfiomig.fsm import SAVING_GROUP, Capability, State, arcs_of, parse_capabilities
+from vfiomig.fsm import SAVING_GROUP, Capability, State, parse_capabilities
 from vfiomig.models import block_stream
 from vfiomig.models.block_memory import BLOCK, BlockMemory
 from vfiomig.models.block_stream import RUN, Outgoing, pack_header, pack_record, pack_tail
@@ -39,8 +38,6 @@ PIECE: Final = 64 << 10
 PIECES_PER_SECOND: Final = 50
 #: Pollers are told of new data at most this often while none of it is read.
 DATA_READY_SECONDS: Final = 0.01
-_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(us|ms|s)")
-_SECONDS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 class Pattern(Device):
@@ -51,7 +48,6 @@ class Pattern(Device):
       seed     number that the power-on content follows from (0)
       caps     capability set: stop-copy+p2p+pre-copy, some of them, all, or none (all)
       dirty    bytes of its memory rewritten per second while it runs, K, M, G allowed (0)
-      delay    time that arcs take: stop-stop_copy:5ms+resuming-stop:70ms, in us, ms or s (none)
       precopy  share of the state that is offered before STOP_COPY, 0 to 1 (1)
       poll     none: the data_fd does not answer poll()
     """
@@ -65,7 +61,6 @@ class Pattern(Device):
         seed: int = 0,
         caps: str = "all",
         dirty: int = 0,
-        delay: str = "",
         precopy: float = 1.0,
         poll: str = "",
     ) -> None:
@@ -81,7 +76,6 @@ class Pattern(Device):
             raise SpecError(f"poll={poll}: the only value is none; leave it out otherwise")
         self.capabilities = Capability(0) if caps == "none" else parse_capabilities(caps)
         self.poll = poll != "none"
-        self._delays = _parse_delays(delay, self.capabilities)
         self._power_on_seed = self._seed = seed
         self._memory = BlockMemory(size, seed)
         self._offered = ceil(precopy * self._memory.blocks)
@@ -120,7 +114,6 @@ class Pattern(Device):
             self._rewriter.stop()
 
     def step(self, origin: State, target: State) -> None:
-        time.sleep(self._delays.get((origin, target), 0))
         if origin not in SAVING_GROUP or target not in SAVING_GROUP:
             self._outgoing = self._precopied = None
 
@@ -240,24 +233,3 @@ class Pattern(Device):
         self._seed = loaded.seed
         self._memory.adopt(loaded.seed)
         self.bar0[:] = loaded.bar0
-
-
-def _parse_delays(text: str, capabilities: Capability) -> dict[tuple[State, State], float]:
-    """Read ``stop-stop_copy:5ms+resuming-stop:70ms``: seconds by the two ends of the arc."""
-    arcs = arcs_of(capabilities) if capabilities else ()
-    names = {f"{arc.origin.name}-{arc.target.name}".lower(): arc for arc in arcs}
-    delays = {}
-    for part in filter(None, text.split("+")):
-        name, _, duration = part.partition(":")
-        if name not in names:
-            known = ", ".join(names) or "none: the device cannot migrate"
-            raise SpecError(f"delay={text}: no arc is called {name!r}; its arcs are {known}")
-        match = _DURATION.fullmatch(duration)
-        if match is None:
-            raise SpecError(
-                f"delay={text}: {duration!r} is no duration; write ARC:TIME+ARC:TIME,"
-                " with a TIME like 70ms, 500us or 1.5s"
-            )
-        arc = names[name]
-        delays[arc.origin, arc.target] = float(match[1]) * _SECONDS[match[2]]
-    return delays

@@ -8,7 +8,8 @@ first part. So a value may hold ``=`` and ``:``, and neither a value nor a path 
 
 Keys are the parameters of the class's ``__init__``, and a value is converted by the parameter's
 annotation: ``int`` (K, M, G for powers of 1024, hexadecimal with 0x), ``float``, ``bool`` (yes or
-no); anything else stays the string that it is. Ready devices and a user's go the same way.
+no); anything else stays the string that it is. Ready devices and a user's go the same way, and all
+know the keys of ``faults`` besides.
 
 A user's file is executed once per process, as if it were imported, without its folder in
 ``sys.path``. Whatever is raised in there is the user's to see, with its file and line.
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from vfiomig.device import Device
 from vfiomig.errors import SpecError
 from vfiomig.models.counter import Counter
+from vfiomig.models.faults import COMMON_KEYS
 from vfiomig.models.mtty import Mtty
 from vfiomig.models.pattern import Pattern
 from vfiomig.models.virtio_blk import VirtioBlk
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import ModuleType
 
-__all__ = ("KNOWN", "describe", "make", "parse_size")
+__all__ = ("KNOWN", "find_class", "keys_of", "make", "parse_size")
 
 Value: TypeAlias = str | int | float | bool
 
@@ -58,8 +60,9 @@ def make(spec: str) -> Device:
         SpecError: it describes none; the message says what is wrong, and what would be right.
     """
     target, *parts = spec.split(",")
-    cls = _user_class(target) if ":" in target else _known_class(target)
+    cls = find_class(target)
     keys = _parse_keys(cls, target, parts)
+    common = {key: str(keys.pop(key)) for key in _common_keys(cls) if key in keys}
     try:
         device = cls(**keys)
         device.check_capabilities(device.capabilities)
@@ -67,12 +70,29 @@ def make(spec: str) -> Device:
         raise SpecError(f"{target}: {problem}") from problem
     except Exception as problem:
         raise SpecError(f"{target}: cannot be made: {_place(problem)}") from problem
+    for key, text in common.items():
+        try:
+            COMMON_KEYS[key].apply(device, text)
+        except SpecError as problem:
+            raise SpecError(f"{target}: {key}={text}: {problem}") from problem
     return device
 
 
-def describe(name: str) -> str:
-    """Return what a ready device is and the keys that it knows, for a help text."""
-    return inspect.getdoc(_known_class(name)) or ""
+def keys_of(cls: type[Device]) -> list[str]:
+    """Return the keys of a class's own."""
+    parameters = inspect.signature(cls).parameters
+    return [key for key, value in parameters.items() if value.kind in _NAMED_KINDS]
+
+
+def find_class(target: str) -> type[Device]:
+    """Find the class of a ready device, or of ``path.py:Class``.
+
+    Raises:
+        SpecError: there is none; the message says which there are.
+    """
+    if ":" in target or target.endswith(".py"):
+        return _user_class(*_cut(target))
+    return _known_class(target)
 
 
 def parse_size(text: str) -> int:
@@ -90,14 +110,19 @@ def _known_class(name: str) -> type[Device]:
     if name not in KNOWN:
         raise SpecError(
             f"no device is called {name!r}; known are {', '.join(KNOWN)},"
-            " and path.py:Class for one of your own"
+            " and path.py:Class for one of your own; vfiomig devices tells of each"
         )
     return KNOWN[name]
 
 
-def _user_class(target: str) -> type[Device]:
-    file, _, name = target.rpartition(":")
+def _cut(target: str) -> tuple[str, str]:
+    file, colon, name = target.rpartition(":")
+    return (file, name) if colon else (target, "")
+
+
+def _user_class(file: str, name: str) -> type[Device]:
     path = Path(file)
+    target = f"{file}:{name}" if name else file
     if not path.is_file():
         raise SpecError(f"{target}: there is no file {file!r}")
     module = _run_file(path.resolve())
@@ -106,11 +131,12 @@ def _user_class(target: str) -> type[Device]:
         for key, value in vars(module).items()
         if inspect.isclass(value) and issubclass(value, Device) and value is not Device
     ]
+    there = f"{file} has {', '.join(classes) or 'no device class'}"
+    if not name:
+        raise SpecError(f"{file}: name a class as well, as in path.py:Class; {there}")
     if name not in classes:
         problem = "is no subclass of vfiomig.Device" if hasattr(module, name) else "is not there"
-        raise SpecError(
-            f"{target}: {name!r} {problem}; {file} has {', '.join(classes) or 'no device class'}"
-        )
+        raise SpecError(f"{target}: {name!r} {problem}; {there}")
     cls: type[Device] = getattr(module, name)
     return cls
 
@@ -143,9 +169,14 @@ def _place(problem: Exception) -> str:
 # The keys.
 
 
+def _common_keys(cls: type[Device]) -> list[str]:
+    return [key for key in COMMON_KEYS if key not in inspect.signature(cls).parameters]
+
+
 def _parse_keys(cls: type[Device], target: str, parts: list[str]) -> dict[str, Value]:
     parameters = inspect.signature(cls).parameters
-    known = [key for key, value in parameters.items() if value.kind in _NAMED_KINDS]
+    own = keys_of(cls)
+    known = [*own, *_common_keys(cls)]
     takes_any = any(value.kind is inspect.Parameter.VAR_KEYWORD for value in parameters.values())
     keys: dict[str, Value] = {}
     for part in parts:
@@ -153,14 +184,13 @@ def _parse_keys(cls: type[Device], target: str, parts: list[str]) -> dict[str, V
         if not equals:
             raise SpecError(f"{target}: {part!r} is no key=value; {_known_keys(known)}")
         if key not in known and not takes_any:
-            raise SpecError(f"{target}: unknown key {key!r}; {_known_keys(known)}")
+            more = f"vfiomig devices {target} tells what they mean"
+            raise SpecError(f"{target}: unknown key {key!r}; {_known_keys(known)}; {more}")
         if key in keys:
             raise SpecError(f"{target}: the key {key!r} is given twice")
         keys[key] = _convert(parameters.get(key), key, text, target)
     missing = [
-        key
-        for key in known
-        if key not in keys and parameters[key].default is inspect.Parameter.empty
+        key for key in own if key not in keys and parameters[key].default is inspect.Parameter.empty
     ]
     if missing:
         raise SpecError(f"{target}: give a value for {', '.join(missing)}; {_known_keys(known)}")
@@ -168,7 +198,7 @@ def _parse_keys(cls: type[Device], target: str, parts: list[str]) -> dict[str, V
 
 
 def _known_keys(known: list[str]) -> str:
-    return f"its keys are {', '.join(known)}" if known else "it has no keys"
+    return f"its keys are {', '.join(known)}"
 
 
 def _convert(parameter: inspect.Parameter | None, key: str, text: str, target: str) -> Value:
