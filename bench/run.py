@@ -21,6 +21,7 @@ SUITE: dict[str, dict[str, object]] = {
     "get_state": {"count": 2000, "rounds": 1},
     "bar_read": {"count": 2000, "rounds": 1},
     "many_devices": {"many": 40, "few": 4, "rounds": 1},
+    "check_suite": {"large": "16M", "rounds": 1},
     "vfio_user": {"size": "32M", "count": 1000, "rounds": 1},
     "virtio_disk": {"count": 500, "rounds": 1},
     "downtime": {"rounds": 1},

@@ -9,7 +9,9 @@ from pathlib import Path
 
 BENCH = Path(__file__).parents[1] / "bench"
 #: Every measurement is run by a test: those that need no guest, and those that do.
-WITHOUT_GUESTS = ("state_stream", "get_state", "bar_read", "many_devices", "vfio_user")
+WITHOUT_GUESTS = (
+    "state_stream", "get_state", "bar_read", "many_devices", "check_suite", "vfio_user",
+)  # fmt: skip
 WITH_GUESTS = ("virtio_disk", "downtime")
 
 

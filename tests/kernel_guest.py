@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import pytest
 
 __all__ = (
+    "CHECK",
     "FLAVOUR",
     "MATRIX",
     "PAIR",
@@ -65,6 +66,9 @@ _KINDS: Final = {PAIR[0]: "mtty-2", PAIR[1]: "mtty-2", SINGLE: "mtty-1"}
 #: Names in the shared folder.
 REPORTS: Final = "reports"
 MATRIX: Final = "matrix.json"
+CHECK: Final = "check.json"
+#: What the guests have seen, and where it is kept, flavour by flavour.
+_KEPT: Final = {MATRIX: "build/mtty-matrix.json", CHECK: "build/mtty-check.json"}
 #: The folder with the C programs, which are compiled on the host.
 PROGRAMS: Final = "programs"
 _TESTS: Final = "tests"
@@ -118,7 +122,8 @@ class Run:
             problem = self._boot_and_run()
         except (GuestError, PrerequisiteError) as failure:
             problem = str(failure)
-        _merge_matrix(self._folder / MATRIX, self._flavour)
+        for name, target in _KEPT.items():
+            _merge(self._folder / name, self._flavour, ROOT / target)
         (self._folder / _PROBLEM).write_text(problem, encoding="utf-8")
 
     def _boot_and_run(self) -> str:
@@ -163,13 +168,12 @@ def _make_devices(guest: Guest) -> None:
     guest.check(" && ".join(f"echo {uuid} >{types}/{kind}/create" for uuid, kind in _KINDS.items()))
 
 
-def _merge_matrix(seen: Path, flavour: str) -> None:
-    """Put what a guest saw into build/mtty-matrix.json, beside what the other one saw."""
+def _merge(seen: Path, flavour: str, target: Path) -> None:
+    """Put what a guest saw beside what the other one saw."""
     if not seen.exists():
         return
-    target = ROOT / "build/mtty-matrix.json"
     target.parent.mkdir(exist_ok=True)
-    with (target.parent / "mtty-matrix.lock").open("w") as lock:
+    with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         whole = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
         whole[flavour] = json.loads(seen.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import kernel_guest
-from kernel_guest import MATRIX, REPORTS, Run
+from kernel_guest import CHECK, MATRIX, REPORTS, Run
 from vfiomig.errors import GuestTimeout
 
 if TYPE_CHECKING:
@@ -55,15 +55,18 @@ def test_a_guest_is_booted_once_for_all_who_ask(
     assert len(booted) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "kept"), [(MATRIX, "mtty-matrix.json"), (CHECK, "mtty-check.json")]
+)
 def test_what_both_guests_saw_is_in_one_document(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def boot(run: Run) -> str:
-        (run._folder / MATRIX).write_text(json.dumps({"cells": run._flavour}))
+        (run._folder / name).write_text(json.dumps({"cells": run._flavour}))
         return ""
 
     monkeypatch.setattr(Run, "_boot_and_run", boot)
     for flavour in ("group", "cdev", "group"):
         Run(flavour, tmp_path / f"{flavour}").reports([TEST])
-    document = json.loads((tmp_path / "root/build/mtty-matrix.json").read_text())
+    document = json.loads((tmp_path / "root/build" / kept).read_text())
     assert document == {"group": {"cells": "group"}, "cdev": {"cells": "cdev"}}

@@ -73,7 +73,7 @@ def without_opt_in(subject: Subject) -> None:
 def the_temporary_end_is_enomsg(subject: Subject) -> None:
     """When there is nothing more to read for now, a read is ENOMSG; some drivers return 0."""
     data_fd = subject.session(State.PRE_COPY)
-    last = subject.precopy_end(data_fd, subject.new_stream())
+    last = subject.precopy_end(data_fd, subject.new_stream(kept=False))
     subject.evidence.expect_errno("the temporary end", -last, errno.ENOMSG, known=END_HABITS)
 
 
@@ -81,9 +81,9 @@ def the_temporary_end_is_enomsg(subject: Subject) -> None:
 def a_temporary_end_is_no_end(subject: Subject) -> None:
     """Behind the temporary end STOP_COPY delivers the rest, on the same data_fd, and then 0."""
     data_fd = subject.session(State.PRE_COPY)
-    subject.precopy_end(data_fd, subject.new_stream())
+    subject.precopy_end(data_fd, subject.new_stream(kept=False))
     subject.go(State.STOP_COPY)
-    rest = subject.new_stream()
+    rest = subject.new_stream(kept=False)
     last = subject.read_on(data_fd, rest)
     subject.evidence.expect_errno("the end in STOP_COPY", -last, 0)
     subject.evidence.prefer(
@@ -96,7 +96,7 @@ def poll_knows_the_temporary_end(subject: Subject) -> None:
     """At the temporary end a data_fd is not readable; of drivers without poll it always is."""
     data_fd = subject.session(State.PRE_COPY)
     for _ in range(END_TRIES):  # while data come, as they may, it is no end
-        subject.precopy_end(data_fd, subject.new_stream())
+        subject.precopy_end(data_fd, subject.new_stream(kept=False))
         seen = poll(data_fd, 0)
         if not seen & select.POLLIN:
             break
@@ -170,7 +170,7 @@ def cancelling_ends_the_session(subject: Subject) -> None:
 def after_cancelling_it_begins_anew(subject: Subject) -> None:
     """A pre-copy after one that was given up delivers a whole state."""
     first = subject.session(State.PRE_COPY)
-    subject.precopy_end(first, subject.new_stream())
+    subject.precopy_end(first, subject.new_stream(kept=False))
     subject.go(State.RUNNING)
     _load_rest(subject, subject.session(State.PRE_COPY), subject.new_stream())
 
@@ -208,7 +208,7 @@ def initial_bytes_fall_as_they_are_read(subject: Subject) -> None:
     """When data was read to the temporary end initial_bytes is less than at the start, or 0."""
     data_fd = subject.session(State.PRE_COPY)
     first = good_info(subject, data_fd).initial_bytes
-    subject.precopy_end(data_fd, subject.new_stream())
+    subject.precopy_end(data_fd, subject.new_stream(kept=False))
     last = good_info(subject, data_fd).initial_bytes
     fell = f"{first}, then {last}"
     subject.evidence.prefer("initial_bytes", last < first or not last, "less", fell, "PRECOPY-1")
@@ -219,7 +219,7 @@ def both_numbers_zero_is_the_temporary_end(subject: Subject) -> None:
     """When both numbers are 0 there is nothing to read."""
     data_fd = subject.session(State.PRE_COPY)
     for _ in range(64):
-        subject.precopy_end(data_fd, subject.new_stream())
+        subject.precopy_end(data_fd, subject.new_stream(kept=False))
         reply = good_info(subject, data_fd)
         if not reply.initial_bytes and not reply.dirty_bytes:
             break

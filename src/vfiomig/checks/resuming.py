@@ -47,12 +47,10 @@ class Offer(NamedTuple):
     leave: int
 
 
-def offer(subject: Subject, state: bytes | memoryview, more: bytes = b"") -> Offer:
-    """Write a state, and bytes behind it, and leave RESUMING; the device may refuse both."""
+def offer(subject: Subject, *parts: bytes | memoryview) -> Offer:
+    """Write the parts of a state and leave RESUMING; the device may refuse both."""
     data_fd = subject.session(State.RESUMING)
-    failure = subject.write_all(data_fd, state)
-    if not failure and more:
-        failure = subject.write_all(data_fd, more)
+    failure = subject.write_all(data_fd, *parts)
     return Offer(failure, subject.request(State.STOP).errno)
 
 
@@ -72,10 +70,11 @@ def prefer_refusal(subject: Subject, what: str, offered: Offer, rule: str) -> No
     subject.evidence.prefer(what, refusal, "a refusal", saw, rule)
 
 
-def foreign_bytes(length: int) -> bytes:
-    """Bytes that are no state, always the same."""
+def foreign_bytes(length: int) -> list[bytes]:
+    """Bytes that are no state, always the same, in parts."""
     block = random.Random(length).randbytes(min(length, 1 << 16))
-    return (block * (length // len(block) + 1))[:length]
+    whole, rest = divmod(length, len(block))
+    return [block] * whole + [block[:rest]]
 
 
 # Too short.
@@ -149,11 +148,10 @@ def more_than_a_state_is_refused(subject: Subject) -> None:
 
 
 def corrupt(quarter: int, subject: Subject) -> None:
-    state = bytearray(subject.some_state())
+    state = subject.some_state()
     at = (2 * quarter + 1) * len(state) // 8
-    state[at] ^= 0xFF
     subject.evidence.step(f"invert byte {at} of the state")
-    offered = offer(subject, bytes(state))
+    offered = offer(subject, state[:at], bytes([state[at] ^ 0xFF]), state[at + 1 :])
     prefer_refusal(subject, f"byte {at} of {len(state)} inverted", offered, "USER-11")
 
 
@@ -171,7 +169,7 @@ for _quarter in range(4):
 def a_foreign_state_is_refused(subject: Subject) -> None:
     """Bytes of another kind, as many as the state has, are refused."""
     length = len(subject.some_state())
-    offered = offer(subject, foreign_bytes(length))
+    offered = offer(subject, *foreign_bytes(length))
     prefer_refusal(subject, f"{length} foreign bytes", offered, "USER-11")
     if not offered.write:
         return
@@ -189,7 +187,7 @@ def a_write_after_a_failed_one_saves_nothing(subject: Subject) -> None:
     """After a failed write no later one makes the state acceptable again."""
     state = subject.some_state()
     data_fd = subject.session(State.RESUMING)
-    failure = subject.write_all(data_fd, foreign_bytes(len(state)))
+    failure = subject.write_all(data_fd, *foreign_bytes(len(state)))
     if not failure:
         raise Inapplicable("no write of a foreign state fails")
     again = subject.write_all(data_fd, state)
@@ -215,7 +213,7 @@ def one_good_load_vouches_for_no_other(subject: Subject) -> None:
     length = len(subject.some_state())
     subject.loaded()
     subject.go(State.STOP)
-    offered = offer(subject, foreign_bytes(length))
+    offered = offer(subject, *foreign_bytes(length))
     prefer_refusal(subject, f"{length} foreign bytes", offered, "FAULT-14, FAULT-15, USER-11")
 
 

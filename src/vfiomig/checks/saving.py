@@ -28,7 +28,7 @@ CHAPTER = Chapter(
 def the_end_is_zero(subject: Subject) -> None:
     """A read at the end of the state returns 0, and goes on doing so."""
     data_fd = subject.session(State.STOP_COPY)
-    last = subject.read_on(data_fd, subject.new_stream())
+    last = subject.read_on(data_fd, subject.new_stream(kept=False))
     subject.evidence.expect_errno("the end of the state", -last, 0)
     for _ in range(3):
         result, _ = subject.read(data_fd, 4096)
@@ -39,7 +39,7 @@ def the_end_is_zero(subject: Subject) -> None:
 def no_end_in_stop_copy_is_temporary(subject: Subject) -> None:
     """ENOMSG never comes in STOP_COPY, neither on the way nor at the end."""
     data_fd = subject.session(State.STOP_COPY)
-    last = subject.read_on(data_fd, subject.new_stream())
+    last = subject.read_on(data_fd, subject.new_stream(kept=False))
     subject.evidence.expect_that("a read", last != -errno.ENOMSG, "bytes, or 0", "ENOMSG")
     result, _ = subject.read(data_fd, 16)
     subject.evidence.expect_that("a read", result != -errno.ENOMSG, "0", "ENOMSG")
@@ -50,7 +50,7 @@ def one_byte_reads_reach_the_end_too(subject: Subject) -> None:
     """After the last byte, read alone, comes 0."""
     length = len(subject.stopped_state())
     data_fd = subject.session(State.STOP_COPY)
-    stream = subject.new_stream()
+    stream = subject.new_stream(kept=False)
     while (
         stream.size < length - 3
         and stream.take(lambda room: subject.raw.read(data_fd, room[: length - 3 - stream.size]))

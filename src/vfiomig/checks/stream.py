@@ -7,6 +7,7 @@ the device's. It is kept in memory, so there is a limit to its size.
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -27,11 +28,15 @@ class StateTooLong(Exception):
 class Stream:
     """Bytes that came in one piece after the other, without a copy of what came before."""
 
-    def __init__(self, limit: int = STATE_LIMIT) -> None:
+    def __init__(self, limit: int = STATE_LIMIT, *, kept: bool = True) -> None:
+        """``kept``: whether anybody will look at them, or only at how many they were."""
         # Pages come when they are written.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._memory = mmap.mmap(-1, max(limit, 1) + CHUNK, flags=flags)
+        self._memory = mmap.mmap(-1, (max(limit, 1) if kept else 0) + CHUNK, flags=flags)
+        with suppress(OSError):  # a kernel without them
+            self._memory.madvise(mmap.MADV_HUGEPAGE)  # of 64 MiB a quarter of the time
         self._limit = limit
+        self._kept = kept
         self.size = 0
 
     def take(self, read: Callable[[memoryview], int]) -> int:
@@ -40,7 +45,8 @@ class Stream:
         Raises:
             StateTooLong: there is no room for more.
         """
-        with memoryview(self._memory) as whole, whole[self.size : self.size + CHUNK] as room:
+        start = self.size if self._kept else 0
+        with memoryview(self._memory) as whole, whole[start : start + CHUNK] as room:
             count = read(room)
         if count > 0:
             self.size += count
@@ -50,6 +56,7 @@ class Stream:
 
     def view(self) -> memoryview:
         """Everything that came."""
+        assert self._kept, "nobody wanted to look at it"
         return memoryview(self._memory)[: self.size].toreadonly()
 
 

@@ -252,8 +252,8 @@ class Subject:
         self.evidence.outcome(step, f"{into.size - before} bytes, then {_transfer_text(count)}")
         return count
 
-    def new_stream(self) -> Stream:
-        return Stream(self._state_limit)
+    def new_stream(self, *, kept: bool = True) -> Stream:
+        return Stream(self._state_limit, kept=kept)
 
     def drain(self, data_fd: int) -> memoryview:
         """Read a saving session to its permanent end."""
@@ -286,17 +286,20 @@ class Subject:
             raise Inapplicable("the device's state is empty")
         return state
 
-    def write_all(self, data_fd: int, data: bytes | memoryview, piece: int = CHUNK) -> int:
+    def write_all(self, data_fd: int, *parts: bytes | memoryview) -> int:
         """Write everything; return 0, or the errno that came instead."""
-        step = self.evidence.step(f"write all {len(data)}")
-        view, done = memoryview(data), 0
-        while done < len(view):
-            self.check_deadline()
-            count = self.raw.write(data_fd, view[done : done + piece])
-            if count <= 0:
-                self.evidence.outcome(step, f"{_transfer_text(count)} at {done}")
-                return -count or errno.EIO
-            done += count
+        step = self.evidence.step(f"write all {sum(map(len, parts))}")
+        before = 0
+        for part in parts:
+            view, done = memoryview(part), 0
+            while done < len(view):
+                self.check_deadline()
+                count = self.raw.write(data_fd, view[done : done + CHUNK])
+                if count <= 0:
+                    self.evidence.outcome(step, f"{_transfer_text(count)} at {before + done}")
+                    return -count or errno.EIO
+                done += count
+            before += done
         return 0
 
     def stopped_state(self) -> memoryview:
