@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from vfiomig import State
-from vfiomig.checks.evidence import Broken, Evidence, errno_text, state_text
+from vfiomig.checks.evidence import Broken, Evidence, errno_text, state_text, transfer_text
 
 
 def test_steps_are_told_in_order_with_what_came_of_them() -> None:
@@ -68,3 +68,11 @@ def test_states_have_names_and_other_numbers_are_shown(number: int, name: str) -
 def test_results_have_names() -> None:
     numbers = (0, errno.EINVAL, errno.EOPNOTSUPP, 4000)
     assert list(map(errno_text, numbers)) == ["success", "EINVAL", "EOPNOTSUPP", "errno 4000"]
+
+
+def test_what_a_read_returned_is_told_as_bytes_or_an_errno() -> None:
+    evidence = Evidence()
+    with pytest.raises(Broken):
+        evidence.expect_transfer("a read", 16, errno.ENODEV)
+    assert evidence.first_difference == ("a read: ENODEV", "a read: 16 bytes")
+    assert list(map(transfer_text, (0, 1, -errno.EIO))) == ["0 bytes", "1 byte", "EIO"]

@@ -166,7 +166,7 @@ def test_a_terminal_shows_the_matrix_the_chapters_and_what_was_found(
     failed = output.index("\nfail saving.what-was-saved-can-be-loaded\n")
     deviates = output.index("\ndeviates resuming.an-empty-state-is-refused\n")
     assert failed < deviates
-    assert "saw       an empty state: it was taken (FAULT-12, FAULT-16)" in output
+    assert "saw       a load of nothing: it was taken (FAULT-12, FAULT-16)" in output
     assert "FAULT rules tell what drivers are known to do" in output
     assert [line for line in output.splitlines() if len(line) > 110] == []
     summary = output.splitlines()[-1]

@@ -27,6 +27,7 @@ from vfiomig.checks import (
     choose,
 )
 from vfiomig.checks.dangers import BLOCKED_PAIR, CLOSE_IN_RESUMING, STALE_WRITE
+from vfiomig.checks.stream import CHUNK, StateTooLong, Stream
 from vfiomig.client import DeviceClient, Maker, device_maker, target_maker
 from vfiomig.errors import SpecError, TargetError
 from vfiomig.fsm import Capability, SessionKind, path, session_kind
@@ -224,6 +225,18 @@ def test_a_state_beyond_the_limit_is_not_kept() -> None:
         result = suite.run_check(choose(["saving.what-was-saved-can-be-loaded"])[0])
     assert result.verdict is Verdict.NOT_RUN
     assert "longer than 1000 bytes: raise the limit (--state-limit)" in result.saw
+
+
+def test_what_is_only_counted_is_not_kept_and_has_the_same_limit() -> None:
+    for kept in (True, False):
+        stream = Stream(2 * CHUNK, kept=kept)
+        for _ in range(2):
+            assert stream.take(lambda room: len(room)) == CHUNK
+        assert stream.size == 2 * CHUNK
+        with pytest.raises(StateTooLong):
+            stream.take(lambda room: len(room))
+    with pytest.raises(AssertionError):
+        stream.view()
 
 
 def test_a_target_that_is_not_there_is_told_at_once() -> None:

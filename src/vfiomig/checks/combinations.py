@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
 from vfiomig.checks.check import LANDED, Chapter
-from vfiomig.checks.evidence import Inapplicable
+from vfiomig.checks.evidence import Inapplicable, state_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import Pages
 from vfiomig.checks.raw import SET
@@ -25,7 +25,7 @@ CHAPTER = Chapter(
 )
 
 STATE = vfio.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE
-UNREADABLE = "the argument cannot be read"
+UNREADABLE = "a request whose argument cannot be read"
 
 
 @CHAPTER.check("SET-LANDED-4", "SET-LANDED-9", "SET-V6-6")
@@ -34,11 +34,11 @@ def a_refusal_writes_both_fields(subject: Subject) -> None:
     for origin, target in ((State.STOP, 8), (State.STOP, State.ERROR), (State.RUNNING, 9)):
         subject.go(origin)
         reply = subject.request(target)
-        what = f"device_state after {origin.name} -> {target}"
-        subject.evidence.expect_errno("the request", reply.errno, errno.EINVAL)
+        what = f"SET {state_text(target)} in {origin.name}"
+        subject.evidence.expect_errno(what, reply.errno, errno.EINVAL)
         wanted = origin if subject.is_v6 else target
-        subject.evidence.expect_state(what, reply.device_state, wanted)
-        subject.evidence.expect("data_fd", reply.data_fd, -1)
+        subject.evidence.expect_state(f"device_state after {what}", reply.device_state, wanted)
+        subject.evidence.expect(f"data_fd after {what}", reply.data_fd, -1)
 
 
 @CHAPTER.check("SET-LANDED-8", "SET-V6-9", "PATH-7")
@@ -47,7 +47,8 @@ def success_writes_the_target(subject: Subject) -> None:
     for target in (State.STOP_COPY, State.RUNNING, State.RESUMING):
         reply = subject.request(target)
         subject.evidence.expect_errno(target.name, reply.errno, 0)
-        subject.evidence.expect_state("device_state", reply.device_state, target)
+        what = f"device_state after SET {target.name}"
+        subject.evidence.expect_state(what, reply.device_state, target)
 
 
 @CHAPTER.check("SET-LANDED-4", "SET-V6-6")
@@ -56,7 +57,7 @@ def success_without_a_session_writes_minus_one(subject: Subject) -> None:
     for target in (State.STOP, State.STOP, State.RUNNING):
         reply = subject.request(target)
         subject.evidence.expect_errno(target.name, reply.errno, 0)
-        subject.evidence.expect("data_fd", reply.data_fd, -1)
+        subject.evidence.expect(f"data_fd after SET {target.name}", reply.data_fd, -1)
 
 
 @CHAPTER.check("SET-LANDED-2", "SET-V6-4")
@@ -65,7 +66,7 @@ def the_data_fd_of_a_request_is_ignored(subject: Subject) -> None:
     for data_fd in (0, 5, -1, 0x7FFF_FFFF):
         subject.evidence.step(f"SET STOP with data_fd {data_fd}")
         reply = subject.raw.set_state(State.STOP, data_fd)
-        subject.evidence.expect_errno(f"data_fd {data_fd}", reply.errno, 0)
+        subject.evidence.expect_errno(f"SET STOP with data_fd {data_fd}", reply.errno, 0)
         subject.go(State.RUNNING)
 
 
@@ -77,7 +78,7 @@ def asking_for_the_current_state_moves_no_byte(subject: Subject) -> None:
     _, first = subject.read(data_fd, min(32, len(state) // 2))
     reply = subject.request(State.STOP_COPY)
     subject.evidence.expect_errno("STOP_COPY again", reply.errno, 0)
-    subject.evidence.expect("a new data_fd", reply.data_fd, -1)
+    subject.evidence.expect("data_fd of STOP_COPY again", reply.data_fd, -1)
     _, then = subject.read(data_fd, 32)
     subject.expect_start_of(state, first + then, "the stream around the request")
 
@@ -107,14 +108,15 @@ def a_failing_combination_stops_where_it_failed(subject: Subject) -> None:
     reply = subject.request(State.RUNNING)
     if not reply.errno:
         subject.evidence.prefer(
-            "half a state", False, "a refusal", "it was taken", "FAULT-12, USER-11"
+            "half a state and SET RUNNING", False, "a refusal", "it was taken", "FAULT-12, USER-11"
         )
         return
     subject.expect_state(State.RESUMING, State.ERROR)
     final = subject.state()
     wanted = final if subject.is_v6 else State.RUNNING
-    subject.evidence.expect_state("device_state", reply.device_state, wanted)
-    subject.evidence.expect("data_fd", reply.data_fd, -1)
+    what = "device_state after the SET RUNNING that failed"
+    subject.evidence.expect_state(what, reply.device_state, wanted)
+    subject.evidence.expect("data_fd after it", reply.data_fd, -1)
 
 
 @CHAPTER.check("PATH-2", "PATH-3", "SESSION-2", needs=Capability.PRE_COPY, dialects=LANDED)
@@ -124,9 +126,12 @@ def the_saving_group_keeps_one_session(subject: Subject) -> None:
     for target in (*(s for s in subject.states if s is State.PRE_COPY_P2P), State.STOP_COPY):
         reply = subject.request(target)
         subject.evidence.expect_errno(target.name, reply.errno, 0)
-        subject.evidence.expect("a new data_fd", reply.data_fd, -1)
+        subject.evidence.expect(f"data_fd after SET {target.name}", reply.data_fd, -1)
         subject.evidence.expect_that(
-            f"the session in {target.name}", subject.lives(data_fd), "alive", "over (ENODEV)"
+            f"the session of PRE_COPY in {target.name}",
+            subject.lives(data_fd),
+            "alive",
+            "over (ENODEV)",
         )
 
 
@@ -136,10 +141,10 @@ def leaving_a_session_state_by_a_combination_ends_its_session(subject: Subject) 
     old = subject.session(State.STOP_COPY)
     new = subject.session(State.RESUMING)
     subject.evidence.expect_that(
-        "the saving session", not subject.lives(old), "over (ENODEV)", "alive"
+        "the session of STOP_COPY in RESUMING", not subject.lives(old), "over (ENODEV)", "alive"
     )
     result = subject.raw.read(new, bytearray(1))
-    subject.evidence.expect_errno("a read of the new data_fd", -result, errno.EBADF)
+    subject.evidence.expect_transfer("a read of the new data_fd", result, errno.EBADF)
 
 
 @CHAPTER.check("SET-LANDED-2", "SET-V6-2", shows=Shows.FAULTS)
@@ -164,10 +169,11 @@ def an_argument_that_cannot_be_read_does_nothing(subject: Subject) -> None:
 @CHAPTER.check("SESSION-6", "NEXT-6")
 def old_descriptors_do_not_stand_in_the_way(subject: Subject) -> None:
     """A device changes its state whatever data_fds of earlier sessions are still open."""
-    for _ in range(4):
+    for count in range(4):
         for target in (State.STOP_COPY, State.STOP):
             reply = subject.request(target)
-            subject.evidence.expect_errno(target.name, reply.errno, 0)
+            what = f"{target.name} with {count} old data_fds open"
+            subject.evidence.expect_errno(what, reply.errno, 0)
     subject.expect_state(State.STOP)
 
 
@@ -211,4 +217,5 @@ def after_a_refusal_the_device_goes_on(subject: Subject) -> None:
         subject.evidence.expect_errno(f"RUNNING -> {target:#x}", reply.errno, errno.EINVAL)
     for state in (State.STOP, State.STOP_COPY, State.RUNNING):
         reply = subject.request(state)
-        subject.evidence.expect_errno(state.name, reply.errno, 0, known={errno.EIO: "FAULT-25"})
+        what = f"SET {state.name} after that"
+        subject.evidence.expect_errno(what, reply.errno, 0, known={errno.EIO: "FAULT-25"})

@@ -32,15 +32,26 @@ DATA_SIZE = vfio.VFIO_DEVICE_FEATURE_MIG_DATA_SIZE
 PRECOPY_V2 = vfio.VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2
 #: An index that no header has.
 UNKNOWN = 0xFFFF
-OPERATIONS = {0: "no operation", GET: "GET", SET: "SET", GET | SET: "GET and SET"}
+OPERATIONS = (0, GET, SET, GET | SET)
+NAMES = {row.index: row.name for row in FEATURES}
 
 #: The features of migration.
 SERVED = tuple(row for row in FEATURES if row.index in {1, 2, 6, 7, 8, 9, 12})
 
 
 def flags_text(flags: int) -> str:
-    probe = "PROBE " if flags & PROBE else ""
-    return f"{probe}{OPERATIONS[flags & (GET | SET)]} of index {flags & 0xFFFF}"
+    bits = {"PROBE": PROBE, "GET": GET, "SET": SET}
+    asked = (
+        " + ".join(name for name, bit in bits.items() if flags & bit)
+        or "a request without an operation"
+    )
+    index = flags & 0xFFFF
+    return f"{asked} of {NAMES.get(index, f'index {index:#x}')}"
+
+
+def header_text(header: bytes) -> str:
+    fields = vfio.DeviceFeature.parse(header)
+    return f"argsz {fields.argsz}, flags {fields.flags:#x}"
 
 
 def present(subject: Subject) -> list[Feature]:
@@ -71,7 +82,8 @@ def an_untouched_device_is_in_running(subject: Subject) -> None:
     subject.evidence.step("ask for the state")
     reply = subject.raw.get_state()
     subject.evidence.expect_errno("the query of the state", reply.errno, 0)
-    subject.evidence.expect_state("the state", reply.device_state, State.RUNNING)
+    what = "the state before any request"
+    subject.evidence.expect_state(what, reply.device_state, State.RUNNING)
 
 
 @CHAPTER.check("DIALECT-3", "FEATURE-13", section="VFIO_DEVICE_FEATURE_MIGRATION")
@@ -94,7 +106,8 @@ def the_capability_set_means_something(subject: Subject) -> None:
     subject.evidence.expect_errno("GET of MIGRATION", answer.errno, 0)
     flags = int.from_bytes(answer.payload, "little")
     legal = ", ".join(f"{int(caps)}" for caps in LEGAL_SETS)
-    subject.evidence.expect_that("flags", flags in LEGAL_SETS, f"one of {legal}", f"{flags:#x}")
+    what = "the flags that MIGRATION answers"
+    subject.evidence.expect_that(what, flags in LEGAL_SETS, f"one of {legal}", str(flags))
 
 
 @CHAPTER.check("CAP-2", section="VFIO_DEVICE_FEATURE_MIGRATION")
@@ -102,9 +115,9 @@ def the_capability_set_never_changes(subject: Subject) -> None:
     """MIGRATION answers the same in every state, and after a reset."""
     for state in (State.STOP, State.STOP_COPY, State.STOP, State.RUNNING):
         subject.go(state)
-        _expect_same_flags(subject, f"flags in {state.name}")
+        _expect_same_flags(subject, f"the flags of MIGRATION in {state.name}")
     subject.reset()
-    _expect_same_flags(subject, "flags after a reset")
+    _expect_same_flags(subject, "the flags of MIGRATION after a reset")
 
 
 def _expect_same_flags(subject: Subject, when: str) -> None:
@@ -142,11 +155,11 @@ def a_header_that_cannot_be_read_is_efault(subject: Subject) -> None:
     """A header that cannot be read, wholly or in its second half, is EFAULT."""
     with Pages("rw", "") as pages:
         for what, address in (
-            ("no header", pages.page(1)),
-            ("half a header", pages.end(0, 4)),
-            ("a null pointer", 0),
+            ("VFIO_DEVICE_FEATURE whose header is in no memory", pages.page(1)),
+            ("VFIO_DEVICE_FEATURE with half a header", pages.end(0, 4)),
+            ("VFIO_DEVICE_FEATURE with a null pointer", 0),
         ):
-            subject.evidence.step(f"FEATURE with {what}")
+            subject.evidence.step(what)
             subject.evidence.expect_errno(what, subject.raw.feature_at(address), errno.EFAULT)
 
 
@@ -155,7 +168,8 @@ def argsz_holds_the_header(subject: Subject) -> None:
     """An argsz below 8 is EINVAL, whatever is asked."""
     for argsz in (0, 4, 7):
         result = ask(subject, PROBE | MIGRATION, 8, argsz)
-        subject.evidence.expect_errno(f"argsz {argsz}", result, errno.EINVAL)
+        what = f"{flags_text(PROBE | MIGRATION)}, argsz {argsz}"
+        subject.evidence.expect_errno(what, result, errno.EINVAL)
 
 
 @CHAPTER.check("FEATURE-3", shows=Shows.ALL_REQUESTS)
@@ -163,7 +177,8 @@ def unknown_flags_are_refused(subject: Subject) -> None:
     """A flag that the header does not know is EINVAL, to a PROBE as well."""
     for bit in (19, 20, 31):
         result = ask(subject, 1 << bit | PROBE | MIGRATION)
-        subject.evidence.expect_errno(f"flag bit {bit}", result, errno.EINVAL)
+        what = f"{flags_text(PROBE | MIGRATION)} with flag bit {bit}"
+        subject.evidence.expect_errno(what, result, errno.EINVAL)
 
 
 @CHAPTER.check("FEATURE-4", shows=Shows.ALL_REQUESTS)
@@ -215,7 +230,9 @@ def a_probe_touches_no_payload(subject: Subject) -> None:
                 header.argsz, header.flags = argsz, PROBE | row.ops | row.index
                 what = f"{flags_text(header.flags)}, argsz {argsz}"
                 subject.evidence.step(what)
-                subject.evidence.expect_errno(what, subject.raw.feature_at(address), 0)
+                subject.evidence.expect_errno(
+                    f"{what}, nothing behind the header", subject.raw.feature_at(address), 0
+                )
 
 
 @CHAPTER.check("FEATURE-9", shows=Shows.ALL_REQUESTS)
@@ -246,9 +263,9 @@ def a_larger_argsz_is_accepted(subject: Subject) -> None:
     for argsz in (17, 64, 0xFFFF_FFFF):
         subject.evidence.step(f"GET of MIGRATION, argsz {argsz}")
         answer = subject.raw.feature(GET | MIGRATION, bytes(8) + b"\xa5" * 48, argsz)
-        subject.evidence.expect_errno(f"argsz {argsz}", answer.errno, 0)
+        subject.evidence.expect_errno(f"GET of MIGRATION, argsz {argsz}", answer.errno, 0)
         subject.evidence.expect(
-            "the bytes beyond", answer.payload[8:], b"\xa5" * 48, show=bytes.hex
+            "the bytes beyond the payload", answer.payload[8:], b"\xa5" * 48, show=bytes.hex
         )
 
 
@@ -259,7 +276,8 @@ def the_header_is_never_written(subject: Subject) -> None:
         subject.evidence.step(f"{flags_text(flags)}, argsz {argsz}")
         answer = subject.raw.feature(flags, bytes(8), argsz)
         wanted = bytes(vfio.DeviceFeature(argsz=argsz, flags=flags))
-        subject.evidence.expect("the header", answer.header, wanted, show=bytes.hex)
+        what = f"the header after {flags_text(flags)}"
+        subject.evidence.expect(what, answer.header, wanted, show=header_text)
 
 
 @CHAPTER.check("MIGRATION-3", shows=Shows.FAULTS, section="VFIO_DEVICE_FEATURE_MIGRATION")
@@ -268,13 +286,16 @@ def an_answer_that_cannot_be_written_is_efault(subject: Subject) -> None:
     header = bytes(vfio.DeviceFeature(argsz=16, flags=GET | MIGRATION))
     with Pages("rw", "") as pages:
         address = pages.read_only(header + bytes(8))
-        subject.evidence.step("GET into read-only memory")
-        subject.evidence.expect_errno("read-only", subject.raw.feature_at(address), errno.EFAULT)
+        _expect_efault(subject, "GET of MIGRATION into read-only memory", address)
         pages.protect(0, "rw")
         edge = pages.end(0, len(header))
         ctypes.memmove(edge, header, len(header))
-        subject.evidence.step("GET with the payload in no memory")
-        subject.evidence.expect_errno("no memory", subject.raw.feature_at(edge), errno.EFAULT)
+        _expect_efault(subject, "GET of MIGRATION with the payload in no memory", edge)
+
+
+def _expect_efault(subject: Subject, what: str, address: int) -> None:
+    subject.evidence.step(what)
+    subject.evidence.expect_errno(what, subject.raw.feature_at(address), errno.EFAULT)
 
 
 @CHAPTER.check("PRECOPY-9", dialects=LANDED, section="VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2")
@@ -302,9 +323,10 @@ def the_first_fault_decides(subject: Subject) -> None:
         ("SET of MIGRATION and a small argsz", SET | MIGRATION, 8, errno.EINVAL),
     ):
         result = ask_as(subject, what, flags, argsz)
-        subject.evidence.expect_errno(what, result, wanted)
-    result = ask_as(subject, "an unknown index and no operation", UNKNOWN, 8)
-    subject.evidence.expect_errno("an unknown index and no operation", result, unknown, *others)
+        subject.evidence.expect_errno(f"a request with {what}", result, wanted)
+    both = "an unknown index and no operation"
+    result = ask_as(subject, both, UNKNOWN, 8)
+    subject.evidence.expect_errno(f"a request with {both}", result, unknown, *others)
 
 
 def ask_as(subject: Subject, what: str, flags: int, argsz: int) -> int:
@@ -351,7 +373,7 @@ def the_state_is_told_in_every_state(subject: Subject) -> None:
         reply = subject.raw.get_state()
         subject.evidence.expect_errno(f"GET in {state.name}", reply.errno, 0)
         subject.evidence.expect_state(f"the state in {state.name}", reply.device_state, state)
-        subject.evidence.expect(f"data_fd in {state.name}", reply.data_fd, -1)
+        subject.evidence.expect(f"data_fd of GET in {state.name}", reply.data_fd, -1)
         subject.close_all()
 
 
@@ -362,8 +384,7 @@ def a_query_needs_a_payload_that_can_be_read(subject: Subject) -> None:
         address = pages.end(0, 8)
         header = vfio.DeviceFeature.from_address(address)
         header.argsz, header.flags = 16, GET | STATE
-        subject.evidence.step("GET with the payload in no memory")
-        subject.evidence.expect_errno("no memory", subject.raw.feature_at(address), errno.EFAULT)
+        _expect_efault(subject, "GET of the state with the payload in no memory", address)
 
 
 @CHAPTER.check("GET-LANDED-4", dialects=LANDED, shows=Shows.FAULTS, section=QUERY)
@@ -372,5 +393,4 @@ def a_query_into_read_only_memory_is_efault(subject: Subject) -> None:
     header = bytes(vfio.DeviceFeature(argsz=16, flags=GET | STATE))
     with Pages("rw") as pages:
         address = pages.read_only(header + bytes(8))
-        subject.evidence.step("GET into read-only memory")
-        subject.evidence.expect_errno("read-only", subject.raw.feature_at(address), errno.EFAULT)
+        _expect_efault(subject, "GET of the state into read-only memory", address)

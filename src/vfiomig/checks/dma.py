@@ -106,12 +106,10 @@ def report(
 
 
 @contextmanager
-def logging(
-    subject: Subject, ranges: Sequence[tuple[int, int]] = WHOLE, page_size: int = PAGE
-) -> Iterator[None]:
+def logging(subject: Subject, what: str = "START") -> Iterator[None]:
     """Log while the block runs."""
-    result, _ = start(subject, ranges, page_size)
-    subject.evidence.expect_errno("START", result, 0)
+    result, _ = start(subject)
+    subject.evidence.expect_errno(what, result, 0)
     try:
         yield
     finally:
@@ -140,7 +138,7 @@ def all_of_it_or_nothing(subject: Subject) -> None:
 def start_needs_a_range(subject: Subject) -> None:
     """START with no range is EINVAL."""
     result, _ = start(subject, ())
-    expect_refused(subject, "no range", result, errno.EINVAL)
+    expect_refused(subject, "START of no range", result, errno.EINVAL)
 
 
 @CHAPTER.check("LOG-6")
@@ -148,10 +146,10 @@ def start_takes_256_ranges(subject: Subject) -> None:
     """START with more ranges than fit a page, which are 256, is E2BIG; 256 are taken."""
     many = [(at * 2 * PAGE, PAGE) for at in range(257)]
     result, _ = start(subject, many)
-    expect_refused(subject, "257 ranges", result, errno.E2BIG)
+    expect_refused(subject, "START of 257 ranges", result, errno.E2BIG)
     result, _ = start(subject, many[:256])
     stop(subject)
-    subject.evidence.expect_errno("256 ranges", result, 0)
+    subject.evidence.expect_errno("START of 256 ranges", result, 0)
 
 
 @CHAPTER.check("LOG-4", "LOG-7", shows=Shows.FAULTS)
@@ -161,16 +159,20 @@ def start_with_what_cannot_be_read_is_efault(subject: Subject) -> None:
         address = pages.end(0, 8)
         header = vfio.DeviceFeature.from_address(address)
         header.argsz, header.flags = 32, SET | START
-        subject.evidence.step("START with the payload in no memory")
+        what = "START with the payload in no memory"
+        subject.evidence.step(what)
         result = subject.raw.feature_at(address)
-        expect_refused(subject, "no payload", result, errno.EFAULT)
+        expect_refused(subject, what, result, errno.EFAULT)
         size = vfio.DmaLoggingRange.SIZE
         ctypes.memmove(
             pages.end(0, size), bytes(vfio.DmaLoggingRange(iova=IOVA, length=PAGE)), size
         )
-        for what, place, count in (("no range", pages.page(1), 1), ("half", pages.end(0, size), 2)):
+        for what, place, count in (
+            ("START of a range that is in no memory", pages.page(1), 1),
+            ("START of two ranges, the second in no memory", pages.end(0, size), 2),
+        ):
             result, _ = start(subject, (), count=count, address=place)
-            expect_refused(subject, f"{what} of them in memory", result, errno.EFAULT)
+            expect_refused(subject, what, result, errno.EFAULT)
 
 
 @CHAPTER.check("LOG-8")
@@ -178,9 +180,12 @@ def start_takes_whole_pages(subject: Subject) -> None:
     """A range that does not begin and end at multiples of page_size is EINVAL."""
     for bad in ((IOVA + 1, PAGE), (IOVA, PAGE + 8), (IOVA + 2048, 2048)):
         result, _ = start(subject, (bad,))
-        expect_refused(subject, f"{bad[0]:#x} +{bad[1]:#x}", result, errno.EINVAL)
-    result, _ = start(subject, ((IOVA + PAGE, PAGE),), 2 * PAGE)
-    expect_refused(subject, "an odd page in pages of 8192", result, errno.EINVAL)
+        what = f"START of {bad[0]:#x} +{bad[1]:#x} in pages of {PAGE}"
+        expect_refused(subject, what, result, errno.EINVAL)
+    odd = (IOVA + PAGE, PAGE)
+    result, _ = start(subject, (odd,), 2 * PAGE)
+    what = f"START of {odd[0]:#x} +{odd[1]:#x} in pages of {2 * PAGE}"
+    expect_refused(subject, what, result, errno.EINVAL)
 
 
 @CHAPTER.check("LOG-9")
@@ -188,7 +193,7 @@ def a_range_stays_below_the_top(subject: Subject) -> None:
     """A range that reaches 2^64, or goes round, is EOVERFLOW."""
     for bad in ((TOP - PAGE, PAGE), (TOP - PAGE, 2 * PAGE)):
         result, _ = start(subject, (bad,))
-        expect_refused(subject, f"{bad[0]:#x} +{bad[1]:#x}", result, errno.EOVERFLOW)
+        expect_refused(subject, f"START of {bad[0]:#x} +{bad[1]:#x}", result, errno.EOVERFLOW)
 
 
 @CHAPTER.check("LOG-10")
@@ -197,10 +202,11 @@ def ranges_do_not_overlap(subject: Subject) -> None:
     low, high = (IOVA, 2 * PAGE), (IOVA + PAGE, 2 * PAGE)
     for pair in ((low, high), (high, low), (low, low)):
         result, _ = start(subject, pair)
-        expect_refused(subject, "an overlap", result, errno.EINVAL)
+        shown = " and ".join(f"{at:#x} +{size:#x}" for at, size in pair)
+        expect_refused(subject, f"START of {shown}, which overlap", result, errno.EINVAL)
     result, _ = start(subject, ((IOVA, PAGE), (IOVA + PAGE, PAGE)))
     stop(subject)
-    subject.evidence.expect_errno("neighbours", result, 0)
+    subject.evidence.expect_errno("START of two ranges side by side", result, 0)
 
 
 @CHAPTER.check("LOG-11")
@@ -225,9 +231,11 @@ def start_that_cannot_answer_is_undone(subject: Subject) -> None:
         address = pages.read_only(bytes(header) + bytes(control))
         subject.evidence.step("START in read-only memory")
         result = subject.raw.feature_at(address)
-    subject.evidence.expect_errno("START", result, errno.EFAULT)
+    subject.evidence.expect_errno("START in read-only memory", result, errno.EFAULT)
     after = report(subject)
-    expect_refused(subject, "REPORT", after, errno.EINVAL, errno.EOPNOTSUPP)
+    expect_refused(
+        subject, "REPORT after a START that failed", after, errno.EINVAL, errno.EOPNOTSUPP
+    )
 
 
 @CHAPTER.check("LOG-13")
@@ -236,9 +244,10 @@ def start_tells_the_page_size_in_use(subject: Subject) -> None:
     for wish in (PAGE, 2 * PAGE, 1 << 21):
         result, size = start(subject, ((1 << 21, 1 << 21),), wish)
         stop(subject)
-        subject.evidence.expect_errno(f"a wish of {wish:#x}", result, 0)
+        subject.evidence.expect_errno(f"START with a page_size of {wish}", result, 0)
         good = size >= PAGE and not size & (size - 1)
-        subject.evidence.expect_that("page_size", good, "a power of two from 4096 on", f"{size:#x}")
+        what = f"page_size after START with {wish}"
+        subject.evidence.expect_that(what, good, "a power of two from 4096 on", str(size))
 
 
 @CHAPTER.check("LOG-13", "LOG-8")
@@ -251,7 +260,9 @@ def start_asks_little_of_what_it_is_given(subject: Subject) -> None:
         result, _ = start(subject, ranges, page_size)
         stop(subject)
         saw = errno_text(result)
-        subject.evidence.prefer(what, not result, "success", saw, "LOG-13: a driver may refuse")
+        subject.evidence.prefer(
+            f"START with {what}", not result, "success", saw, "LOG-13: a driver may refuse"
+        )
 
 
 # STOP.
@@ -261,7 +272,7 @@ def start_asks_little_of_what_it_is_given(subject: Subject) -> None:
 def stop_may_be_repeated(subject: Subject) -> None:
     """STOP succeeds when nothing is logged."""
     for _ in range(2):
-        subject.evidence.expect_errno("STOP", stop(subject), 0)
+        subject.evidence.expect_errno("STOP with nothing logged", stop(subject), 0)
 
 
 @CHAPTER.check("LOG-15", "LOG-19", section="VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP")
@@ -270,7 +281,7 @@ def stop_ends_the_reports(subject: Subject) -> None:
     with logging(subject):
         pass
     after = report(subject)
-    subject.evidence.expect_errno("REPORT", after, errno.EINVAL, known=STUB)
+    subject.evidence.expect_errno("REPORT after STOP", after, errno.EINVAL, known=STUB)
     with logging(subject):
         pass
 
@@ -285,9 +296,10 @@ def report_with_what_cannot_be_read_is_efault(subject: Subject) -> None:
         address = pages.end(0, 8)
         header = vfio.DeviceFeature.from_address(address)
         header.argsz, header.flags = 40, GET | REPORT
-        subject.evidence.step("REPORT with the payload in no memory")
+        what = "REPORT with the payload in no memory"
+        subject.evidence.step(what)
         result = subject.raw.feature_at(address)
-        subject.evidence.expect_errno("no payload", result, errno.EFAULT)
+        subject.evidence.expect_errno(what, result, errno.EFAULT)
 
 
 @CHAPTER.check("LOG-17", section=REPORT_HEADER)
@@ -296,10 +308,12 @@ def report_wants_a_page_size(subject: Subject) -> None:
     with logging(subject):
         for size in (0, 1, 2048, 4097, 12288):
             result = report(subject, page_size=size)
-            subject.evidence.expect_errno(f"page_size {size}", result, errno.EINVAL)
+            what = f"REPORT with a page_size of {size}"
+            subject.evidence.expect_errno(what, result, errno.EINVAL)
         for size in (PAGE, 4 * PAGE):
             result = report(subject, page_size=size)
-            subject.evidence.expect_errno(f"page_size {size}", result, 0, known=STUB)
+            what = f"REPORT with a page_size of {size}"
+            subject.evidence.expect_errno(what, result, 0, known=STUB)
 
 
 @CHAPTER.check("LOG-18", section=REPORT_HEADER)
@@ -308,14 +322,16 @@ def a_report_stays_below_the_top(subject: Subject) -> None:
     with logging(subject):
         for iova, length in ((TOP - PAGE, PAGE), (TOP - PAGE, 2 * PAGE)):
             result = report(subject, iova, length)
-            subject.evidence.expect_errno(f"{iova:#x} +{length:#x}", result, errno.EOVERFLOW)
+            what = f"REPORT of {iova:#x} +{length:#x}"
+            subject.evidence.expect_errno(what, result, errno.EOVERFLOW)
 
 
 @CHAPTER.check("LOG-19", section=REPORT_HEADER)
 def report_needs_a_log(subject: Subject) -> None:
     """A REPORT before START is EINVAL."""
     stop(subject)
-    subject.evidence.expect_errno("REPORT", report(subject), errno.EINVAL, known=STUB)
+    result = report(subject)
+    subject.evidence.expect_errno("REPORT with no log", result, errno.EINVAL, known=STUB)
 
 
 @CHAPTER.check("LOG-20", "CHOICE-6", shows=Shows.FAULTS, section=REPORT_HEADER)
@@ -324,7 +340,8 @@ def a_bitmap_that_cannot_be_written_is_efault(subject: Subject) -> None:
     with logging(subject), Pages("rw", "") as pages:
         result = report(subject, address=pages.page(1))
         known = {0: "FAULT-4", **STUB}
-        subject.evidence.expect_errno("no bitmap", result, errno.EFAULT, known=known)
+        what = "REPORT to a bitmap in no memory"
+        subject.evidence.expect_errno(what, result, errno.EFAULT, known=known)
 
 
 @CHAPTER.check("LOG-23", "LOG-24", section=REPORT_HEADER)
@@ -333,8 +350,10 @@ def bits_are_only_set(subject: Subject) -> None:
     with logging(subject):
         bitmap = bytearray(b"\xff" * 8 + b"\x5a" * 24)
         subject.evidence.expect_errno("REPORT", report(subject, bitmap=bitmap), 0, known=STUB)
-    subject.evidence.expect("the word", bytes(bitmap[:8]), b"\xff" * 8, show=bytes.hex)
-    subject.evidence.expect("behind it", bytes(bitmap[8:]), b"\x5a" * 24, show=bytes.hex)
+    what = "the bitmap of 16 pages, which was all ones"
+    subject.evidence.expect(what, bytes(bitmap[:8]), b"\xff" * 8, show=bytes.hex)
+    what = "the bytes behind the bitmap"
+    subject.evidence.expect(what, bytes(bitmap[8:]), b"\x5a" * 24, show=bytes.hex)
 
 
 @CHAPTER.check("LOG-2", section=REPORT_HEADER, without_migration=False)
@@ -353,8 +372,8 @@ def after_a_reset_it_can_be_started_anew(subject: Subject) -> None:
     """Whatever a reset made of the log: STOP succeeds after it, START too, and REPORT."""
     with logging(subject):
         reset(subject)
-        subject.evidence.expect_errno("STOP after the reset", stop(subject), 0)
-    with logging(subject):
+        subject.evidence.expect_errno("STOP after a reset", stop(subject), 0)
+    with logging(subject, "START after a reset"):
         subject.evidence.expect_errno("REPORT", report(subject), 0, known=STUB)
 
 
@@ -396,10 +415,10 @@ def a_report_tells_what_was_written(subject: Subject) -> None:
         device_writes(subject, IOVA + 3 * PAGE - 2, b"over")
         device_writes(subject, IOVA + LENGTH - 1, b"!")
         bits = reported(subject, IOVA, LENGTH)
-        subject.evidence.expect("bits", bits, [0, 2, 3, 15])
+        subject.evidence.expect("numbers of the bits that are set", bits, [0, 2, 3, 15])
         device_writes(subject, IOVA + 5 * PAGE, b"again")
         bits = reported(subject, IOVA + 4 * PAGE, 4 * PAGE)
-        subject.evidence.expect("bits from the fifth page on", bits, [1])
+        subject.evidence.expect("numbers of the bits, from the fifth page on", bits, [1])
 
 
 @CHAPTER.check("LOG-21", lever="write_by_dma", section=REPORT_HEADER)
@@ -408,9 +427,12 @@ def a_report_takes_what_it_tells(subject: Subject) -> None:
     with memory_at(subject, IOVA, LENGTH), logging(subject):
         device_writes(subject, IOVA, b"one")
         device_writes(subject, IOVA + 8 * PAGE, b"two")
-        subject.evidence.expect("first half", reported(subject, IOVA, LENGTH // 2), [0])
-        subject.evidence.expect("first half again", reported(subject, IOVA, LENGTH // 2), [])
-        subject.evidence.expect("the whole", reported(subject, IOVA, LENGTH), [8])
+        for what, length, wanted in (
+            ("bits of the first half", LENGTH // 2, [0]),
+            ("bits of the first half, asked again", LENGTH // 2, []),
+            ("bits of the whole, after that", LENGTH, [8]),
+        ):
+            subject.evidence.expect(what, reported(subject, IOVA, length), wanted)
 
 
 @CHAPTER.check("LOG-25", lever="write_by_dma", section=REPORT_HEADER)
@@ -420,7 +442,7 @@ def a_report_in_other_units_covers_the_same(subject: Subject) -> None:
         device_writes(subject, IOVA + 5 * PAGE, b"x")
         device_writes(subject, IOVA + 15 * PAGE, b"x")
         bits = reported(subject, IOVA, LENGTH, 4 * PAGE)
-        subject.evidence.expect("bits", bits, [1, 3])
+        subject.evidence.expect("numbers of the bits, each for 4 pages", bits, [1, 3])
 
 
 @CHAPTER.check("LOG-1", "LOG-15", lever="write_by_dma", section=START_HEADER)
@@ -432,4 +454,5 @@ def a_new_log_begins_empty(subject: Subject) -> None:
         device_writes(subject, IOVA + PAGE, b"x")
         with logging(subject):
             device_writes(subject, IOVA + 2 * PAGE, b"x")
-            subject.evidence.expect("bits", reported(subject, IOVA, LENGTH), [2])
+            bits = reported(subject, IOVA, LENGTH)
+            subject.evidence.expect("numbers of the bits in the new log", bits, [2])

@@ -31,6 +31,7 @@ __all__ = (
     "Verdict",
     "errno_text",
     "state_text",
+    "transfer_text",
 )
 
 T = TypeVar("T")
@@ -77,6 +78,11 @@ def errno_text(number: int) -> str:
     if number == errno.EOPNOTSUPP:
         return "EOPNOTSUPP"  # ENOTSUP has the same number, and no kernel uses the name
     return errno.errorcode.get(number, f"errno {number}") if number else "success"
+
+
+def transfer_text(count: int) -> str:
+    """Name what a read or write returned: bytes, or a negative errno."""
+    return errno_text(-count) if count < 0 else "1 byte" if count == 1 else f"{count} bytes"
 
 
 def state_text(number: int) -> str:
@@ -134,6 +140,10 @@ class Evidence:
         self, what: str, got: int, wanted: int, *others: int, known: Mapping[int, str] | None = None
     ) -> None:
         self.expect(what, got, wanted, *others, known=known, show=errno_text)
+
+    def expect_transfer(self, what: str, got: int, wanted: int) -> None:
+        """Compare what a read or write returned with an errno, or 0 for the end of the state."""
+        self.expect(what, got, -wanted, show=transfer_text)
 
     def expect_state(
         self, what: str, got: int, wanted: int, *others: int, known: Mapping[int, str] | None = None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
 from vfiomig.checks.check import LANDED, SHOWN, Chapter
-from vfiomig.checks.evidence import Inapplicable, Unrun, errno_text
+from vfiomig.checks.evidence import Inapplicable, Unrun, errno_text, transfer_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import Pages
 from vfiomig.checks.raw import SET
@@ -74,7 +74,8 @@ def the_temporary_end_is_enomsg(subject: Subject) -> None:
     """When there is nothing more to read for now, a read is ENOMSG; some drivers return 0."""
     data_fd = subject.session(State.PRE_COPY)
     last = subject.precopy_end(data_fd, subject.new_stream(kept=False))
-    subject.evidence.expect_errno("the temporary end", -last, errno.ENOMSG, known=END_HABITS)
+    what = "the read at the temporary end"
+    subject.evidence.expect(what, last, -errno.ENOMSG, known=END_HABITS, show=transfer_text)
 
 
 @CHAPTER.check("SAVE-2", "SAVE-4")
@@ -87,7 +88,7 @@ def a_temporary_end_is_no_end(subject: Subject) -> None:
     last = subject.read_on(data_fd, rest)
     subject.evidence.expect_errno("the end in STOP_COPY", -last, 0)
     subject.evidence.prefer(
-        "what STOP_COPY added", rest.size, "bytes", f"{rest.size} bytes", "SAVE-4"
+        "what STOP_COPY adds", rest.size, "more bytes", f"{rest.size} bytes", "SAVE-4"
     )
 
 
@@ -102,7 +103,11 @@ def poll_knows_the_temporary_end(subject: Subject) -> None:
             break
     subject.evidence.step("poll for POLLIN")
     subject.evidence.prefer(
-        "poll", not seen & select.POLLIN, "nothing", poll_text(seen), "POLL-3, FAULT-9"
+        "poll at the temporary end",
+        not seen & select.POLLIN,
+        "nothing",
+        poll_text(seen),
+        "POLL-3, FAULT-9",
     )
 
 
@@ -139,7 +144,7 @@ def _load_rest(subject: Subject, data_fd: int, stream: Stream) -> None:
     last = subject.read_on(data_fd, stream)
     subject.evidence.expect_errno("the end in STOP_COPY", -last, 0)
     subject.reset()
-    subject.expect_taken(stream.view())
+    subject.expect_taken(stream.view(), "what PRE_COPY and STOP_COPY delivered")
 
 
 @CHAPTER.check("ARC-13", "ARC-14", "SESSION-2", needs=Capability.PRE_COPY | Capability.P2P)
@@ -162,7 +167,9 @@ def cancelling_ends_the_session(subject: Subject) -> None:
     subject.read(data_fd, 1)
     subject.go(State.RUNNING)
     result, _ = subject.read(data_fd, 16)
-    subject.evidence.expect_errno("a read afterwards", max(0, -result), errno.ENODEV)
+    subject.evidence.expect_transfer(
+        "a read of the data_fd of PRE_COPY in RUNNING", result, errno.ENODEV
+    )
     subject.expect_state(State.RUNNING)
 
 
@@ -184,8 +191,11 @@ def it_begins_with_initial_bytes(subject: Subject) -> None:
     data_fd = subject.session(State.PRE_COPY)
     reply = good_info(subject, data_fd)
     initial, dirty = reply.initial_bytes, reply.dirty_bytes
-    subject.evidence.prefer("initial_bytes", initial, "more than 0", str(initial), "PRECOPY-1")
-    subject.evidence.prefer("dirty_bytes", not dirty, "0", str(dirty), "PRECOPY-2")
+    for what, fair, wanted, told, rule in (
+        ("initial_bytes", initial, "more than 0", initial, "PRECOPY-1"),
+        ("dirty_bytes", not dirty, "0", dirty, "PRECOPY-2"),
+    ):
+        subject.evidence.prefer(f"{what} at the start", fair, wanted, str(told), rule)
 
 
 @CHAPTER.check("PRECOPY-6", "PRECOPY-1", shows=Shows.ALL_REQUESTS)
@@ -198,7 +208,8 @@ def initial_bytes_only_fall(subject: Subject) -> None:
         result, _ = subject.read(data_fd, size)
         told.append(good_info(subject, data_fd).initial_bytes)
         rise = f"from {told[-2]} to {told[-1]}"
-        subject.evidence.expect_that("initial_bytes", told[-1] <= told[-2], "no rise", rise)
+        what = "initial_bytes after a read, without the opt-in"
+        subject.evidence.expect_that(what, told[-1] <= told[-2], "no rise", rise)
         if result <= 0:
             break
 
@@ -210,8 +221,9 @@ def initial_bytes_fall_as_they_are_read(subject: Subject) -> None:
     first = good_info(subject, data_fd).initial_bytes
     subject.precopy_end(data_fd, subject.new_stream(kept=False))
     last = good_info(subject, data_fd).initial_bytes
-    fell = f"{first}, then {last}"
-    subject.evidence.prefer("initial_bytes", last < first or not last, "less", fell, "PRECOPY-1")
+    what, wanted = "initial_bytes at the temporary end", f"less than the {first} of the start"
+    fell = last < first or not last
+    subject.evidence.prefer(what, fell, wanted, str(last), "PRECOPY-1")
 
 
 @CHAPTER.check("PRECOPY-4", "SAVE-2", shows=Shows.ALL_REQUESTS)
@@ -226,8 +238,8 @@ def both_numbers_zero_is_the_temporary_end(subject: Subject) -> None:
     else:
         raise Inapplicable("there is always more to read")
     count, _ = subject.read(data_fd, 16)
-    saw = errno_text(-count) if count <= 0 else f"{count} bytes"
-    subject.evidence.prefer("the read", count <= 0, "ENOMSG", saw, "PRECOPY-3: an estimate")
+    what, saw = "a read when both numbers are 0", transfer_text(count)
+    subject.evidence.prefer(what, count <= 0, "ENOMSG", saw, "PRECOPY-3: an estimate")
 
 
 # The request.
@@ -239,7 +251,7 @@ def argsz_holds_the_numbers(subject: Subject) -> None:
     data_fd = subject.session(State.PRE_COPY)
     for argsz, wanted in ((0, errno.EINVAL), (23, errno.EINVAL), (24, 0), (4096, 0)):
         reply = info(subject, data_fd, argsz=argsz)
-        subject.evidence.expect_errno(f"argsz {argsz}", reply.errno, wanted)
+        subject.evidence.expect_errno(f"PRECOPY_INFO, argsz {argsz}", reply.errno, wanted)
 
 
 @CHAPTER.check("INFO-2", "INFO-8", shows=Shows.FAULTS)
@@ -248,13 +260,15 @@ def an_argument_in_bad_memory_is_efault(subject: Subject) -> None:
     data_fd = subject.session(State.PRE_COPY)
     with Pages("rw", "") as pages:
         half = vfio.PrecopyInfo.from_address(pages.end(0, 8))
-        subject.evidence.step("PRECOPY_INFO with half an argument")
+        what = "PRECOPY_INFO with half an argument"
+        subject.evidence.step(what)
         result = subject.raw.ioctl(data_fd, NUMBER, half)
-        subject.evidence.expect_errno("half an argument", result, errno.EFAULT)
+        subject.evidence.expect_errno(what, result, errno.EFAULT)
         address = pages.read_only(bytes(vfio.PrecopyInfo(argsz=24)))
-        subject.evidence.step("PRECOPY_INFO in read-only memory")
+        what = "PRECOPY_INFO in read-only memory"
+        subject.evidence.step(what)
         result = subject.raw.ioctl(data_fd, NUMBER, vfio.PrecopyInfo.from_address(address))
-        subject.evidence.expect_errno("read-only memory", result, errno.EFAULT)
+        subject.evidence.expect_errno(what, result, errno.EFAULT)
 
 
 @CHAPTER.check("INFO-5", shows=Shows.ALL_REQUESTS)
@@ -262,10 +276,13 @@ def outside_pre_copy_it_is_einval(subject: Subject) -> None:
     """In STOP_COPY the request is EINVAL, although the session is the same."""
     data_fd = subject.session(State.PRE_COPY)
     subject.go(State.STOP_COPY)
-    subject.evidence.expect_errno("in STOP_COPY", info(subject, data_fd).errno, errno.EINVAL)
+    result = info(subject, data_fd).errno
+    subject.evidence.expect_errno("PRECOPY_INFO in STOP_COPY", result, errno.EINVAL)
     subject.go(State.STOP)
     data_fd = subject.session(State.STOP_COPY)
-    subject.evidence.expect_errno("without PRE_COPY", info(subject, data_fd).errno, errno.EINVAL)
+    result = info(subject, data_fd).errno
+    what = "PRECOPY_INFO in a session that began in STOP_COPY"
+    subject.evidence.expect_errno(what, result, errno.EINVAL)
 
 
 @CHAPTER.check("INFO-9", "INFO-6", shows=Shows.MEANING)
@@ -273,10 +290,12 @@ def the_state_comes_before_the_session(subject: Subject) -> None:
     """An old data_fd is EINVAL while the device is elsewhere, and ENODEV in a later pre-copy."""
     old = subject.session(State.PRE_COPY)
     subject.go(State.RUNNING)
-    subject.evidence.expect_errno("in RUNNING", info(subject, old).errno, errno.EINVAL)
+    result = info(subject, old).errno
+    subject.evidence.expect_errno("PRECOPY_INFO of an old data_fd in RUNNING", result, errno.EINVAL)
     subject.session(State.PRE_COPY)
     reply = info(subject, old)
-    subject.evidence.expect_errno("in a later PRE_COPY", reply.errno, errno.ENODEV)
+    what = "PRECOPY_INFO of an old data_fd in a later PRE_COPY"
+    subject.evidence.expect_errno(what, reply.errno, errno.ENODEV)
 
 
 @CHAPTER.check("INFO-1", "DIALECT-2", shows=Shows.MEANING)
@@ -303,9 +322,9 @@ def flags_are_an_echo(subject: Subject) -> None:
     for flags in (0, 1, 0x8000_0000):
         reply = info(subject, data_fd, flags)
         subject.evidence.expect_errno("PRECOPY_INFO", reply.errno, 0)
-        subject.evidence.expect(
-            "flags", reply.flags, flags, known={0: "INFO-10: the client ignores it"}, show=hex
-        )
+        what = f"flags of PRECOPY_INFO, asked with {flags:#x}"
+        known = {0: "INFO-10: the client ignores it"}
+        subject.evidence.expect(what, reply.flags, flags, known=known, show=hex)
 
 
 # The opt-in to REINIT.
@@ -352,10 +371,12 @@ def a_new_first_part_is_announced(subject: Subject) -> None:
         rise = f"from {before.initial_bytes} to {now.initial_bytes}, flags {now.flags:#x}"
         announced = bool(now.flags & vfio.VFIO_PRECOPY_INFO_REINIT)
         fair = announced or now.initial_bytes <= before.initial_bytes
-        subject.evidence.expect_that("initial_bytes", fair, "no rise without REINIT", rise)
+        what = "initial_bytes after a read"
+        subject.evidence.expect_that(what, fair, "no rise without REINIT", rise)
         if announced:
             saw = str(now.dirty_bytes)
-            subject.evidence.prefer("dirty_bytes", not now.dirty_bytes, "0", saw, "PRECOPY-8")
+            what = "dirty_bytes with REINIT"
+            subject.evidence.prefer(what, not now.dirty_bytes, "0", saw, "PRECOPY-8")
         before = now
         if result <= 0:
             break
@@ -374,7 +395,8 @@ def _expect_answered_flags(subject: Subject, data_fd: int) -> None:
     for flags in (0xFFFF_FFFE, 0x8000_0000):
         reply = info(subject, data_fd, flags)
         subject.evidence.expect_errno("PRECOPY_INFO", reply.errno, 0)
-        subject.evidence.expect("flags", reply.flags, 0, vfio.VFIO_PRECOPY_INFO_REINIT, show=hex)
+        what = f"flags of PRECOPY_INFO with the opt-in, asked with {flags:#x}"
+        subject.evidence.expect(what, reply.flags, 0, vfio.VFIO_PRECOPY_INFO_REINIT, show=hex)
 
 
 @CHAPTER.check("CLOSE-1", "PRECOPY-7", section=OPT_IN, shows=Shows.REOPENING)
@@ -385,4 +407,5 @@ def the_last_close_ends_the_opt_in(subject: Subject) -> None:
     data_fd = subject.session(State.PRE_COPY)
     reply = info(subject, data_fd, 0x8000_0000)
     subject.evidence.expect_errno("PRECOPY_INFO", reply.errno, 0)
-    subject.evidence.expect("flags", reply.flags, 0x8000_0000, show=hex)
+    what = "flags of PRECOPY_INFO after the last close, asked with 0x80000000"
+    subject.evidence.expect(what, reply.flags, 0x8000_0000, show=hex)

@@ -10,6 +10,7 @@ from vfiomig.checks.check import Chapter
 from vfiomig.checks.dangers import CLOSE_IN_RESUMING
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.resets import prefer_nothing_mended
+from vfiomig.checks.sessions import READER
 from vfiomig.fsm import SessionKind, State, required, session_kind, states_of
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def from_state(state: State, subject: Subject) -> None:
     prefer_nothing_mended(subject, subject.mended)
     subject.expect_state(State.RUNNING, known=kept(subject, state))
     if subject.state() == State.RUNNING:
-        subject.evidence.expect_errno("STOP", subject.request(State.STOP).errno, 0)
+        result = subject.request(State.STOP).errno
+        subject.evidence.expect_errno("STOP after the device was opened", result, 0)
 
 
 for _state in states_of(7):
@@ -69,7 +71,7 @@ def a_data_fd_outlives_its_device(subject: Subject) -> None:
     subject.forget_descriptors()
     raw.close(data_fd)
     subject.reopen()
-    subject.evidence.expect_errno("a read", max(0, -result), errno.ENODEV)
+    subject.evidence.expect_transfer("a read after the device was closed", result, errno.ENODEV)
     subject.expect_state(State.RUNNING, known=kept(subject, State.STOP_COPY))
 
 
@@ -83,11 +85,11 @@ def a_reader_wakes_at_the_last_close(subject: Subject) -> None:
     subject.target.close()
     subject.forget_descriptors()
     try:
-        last = reader.result("the reader")
+        last = reader.result(READER)
     finally:
         raw.close(data_fd)
     subject.reopen()
-    subject.evidence.expect_errno("the last read", -last, errno.ENODEV)
+    subject.evidence.expect_transfer("its last read", last, errno.ENODEV)
 
 
 @CHAPTER.check("CLOSE-1", "CLOSE-2")
@@ -101,5 +103,7 @@ def after_a_reopen_a_whole_session_works(subject: Subject) -> None:
         subject.close_all()
         subject.reopen()
         subject.begin()
-        subject.expect_taken(subject.stopped_state(), f" after a close in {state.name}")
+        subject.expect_taken(
+            subject.stopped_state(), f"its own state, after a close in {state.name}"
+        )
         subject.close_all()

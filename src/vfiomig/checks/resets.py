@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vfiomig.checks.check import Chapter
 from vfiomig.checks.evidence import Inapplicable, errno_text, state_text
 from vfiomig.checks.facts import Shows
+from vfiomig.checks.sessions import READER
 from vfiomig.client.transport import NO_FD
 from vfiomig.fsm import SAVING_GROUP, SessionKind, State, required, session_kind
 
@@ -61,9 +62,11 @@ def from_state(state: State, subject: Subject) -> None:
     kind = session_kind(state)
     if kind is SessionKind.SAVING:
         result, _ = subject.read(data_fd, 16)
-        subject.evidence.expect_errno("a read afterwards", max(0, -result), errno.ENODEV)
+        subject.evidence.expect_transfer(
+            f"a read of the data_fd of {state.name} after RESET", result, errno.ENODEV
+        )
     result = subject.request(State.STOP_COPY).errno
-    subject.evidence.expect_errno("a new session", result, 0)
+    subject.evidence.expect_errno("STOP_COPY after RESET", result, 0)
 
 
 for _state in State:
@@ -84,7 +87,9 @@ def a_reset_ends_a_load(subject: Subject) -> None:
     data_fd = subject.session(State.RESUMING)
     reset(subject)
     result = subject.write(data_fd, b"x")
-    subject.evidence.expect_errno("a write afterwards", max(0, -result), errno.ENODEV)
+    subject.evidence.expect_transfer(
+        "a write to the data_fd of RESUMING after RESET", result, errno.ENODEV
+    )
 
 
 @CHAPTER.check("RESET-1")
@@ -101,8 +106,8 @@ def a_reader_wakes_at_a_reset(subject: Subject) -> None:
     data_fd = subject.session(State.STOP_COPY)
     reader = subject.read_on_beside(data_fd)
     reset(subject)
-    last = reader.result("the reader")
-    subject.evidence.expect_errno("the last read", -last, errno.ENODEV)
+    last = reader.result(READER)
+    subject.evidence.expect_transfer("its last read", last, errno.ENODEV)
 
 
 @CHAPTER.check("RESET-2")
@@ -112,7 +117,9 @@ def after_a_reset_a_whole_session_works(subject: Subject) -> None:
         subject.begin()
         subject.session(state)
         reset(subject)
-        subject.expect_taken(subject.stopped_state(), f" after a reset in {state.name}")
+        subject.expect_taken(
+            subject.stopped_state(), f"its own state, after a reset in {state.name}"
+        )
         subject.close_all()
 
 
@@ -141,16 +148,16 @@ def _expect_either(subject: Subject, reply: Reply) -> None:
     subject.evidence.expect_errno("the request for STOP_COPY", reply.errno, 0, errno.EINVAL)
     wanted = (State.RUNNING, State.STOP_COPY)
     subject.evidence.expect_that(
-        "the state", state in wanted, "RUNNING or STOP_COPY", state_text(state)
+        "the state after both", state in wanted, "RUNNING or STOP_COPY", state_text(state)
     )
     data_fd = subject.given(reply)
     if data_fd == NO_FD:
         return
     lives = subject.lives(data_fd)
-    saw = f"{state_text(state)}, the session {'alive' if lives else 'over'}"
-    subject.evidence.expect_that(
-        "state and session", lives is (state in SAVING_GROUP), "both or neither", saw
-    )
+    saw = f"{state_text(state)}, and the session is {'alive' if lives else 'over'}"
+    pairs = "STOP_COPY, and the session is alive, or RUNNING, and it is over"
+    what = "the state, and the session that came"
+    subject.evidence.expect_that(what, lives is (state in SAVING_GROUP), pairs, saw)
 
 
 @CHAPTER.check("RESET-5")
@@ -181,4 +188,5 @@ def a_session_without_a_descriptor_ends_too(subject: Subject) -> None:
         raise Inapplicable(f"without a descriptor the request answers {errno_text(reply.errno)}")
     reset(subject)
     expect_running(subject, State.STOP_COPY)
-    subject.evidence.expect_errno("STOP_COPY", subject.request(State.STOP_COPY).errno, 0)
+    result = subject.request(State.STOP_COPY).errno
+    subject.evidence.expect_errno("STOP_COPY after RESET", result, 0)

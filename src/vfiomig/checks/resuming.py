@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfiomig.checks.check import LANDED, Chapter
-from vfiomig.checks.evidence import Inapplicable, Unrun, errno_text
+from vfiomig.checks.evidence import Inapplicable, Unrun, errno_text, transfer_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import Pages, buffer_at
 from vfiomig.fsm import Capability, State
@@ -84,7 +84,7 @@ def foreign_bytes(length: int) -> list[bytes]:
 def an_empty_state_is_refused(subject: Subject) -> None:
     """Leaving RESUMING with nothing written fails, and the device stays there or is in ERROR."""
     subject.some_state()
-    prefer_refusal(subject, "an empty state", offer(subject, b""), "FAULT-12, FAULT-16")
+    prefer_refusal(subject, "a load of nothing", offer(subject, b""), "FAULT-12, FAULT-16")
 
 
 def cut(part: Callable[[int], int], subject: Subject) -> None:
@@ -93,7 +93,7 @@ def cut(part: Callable[[int], int], subject: Subject) -> None:
     if not 0 < length < len(state):
         raise Inapplicable(f"the device's state has {len(state)} bytes")
     offered = offer(subject, state[:length])
-    what = f"{length} of {len(state)} bytes"
+    what = f"a load of {length} of {len(state)} bytes"
     prefer_refusal(subject, what, offered, "FAULT-12, FAULT-14, FAULT-15, FAULT-16")
 
 
@@ -129,7 +129,7 @@ def the_pre_copy_part_alone_is_refused(subject: Subject) -> None:
     if not 0 < early < stream.size:
         raise Inapplicable(f"PRE_COPY delivers {early} of {stream.size} bytes")
     offered = offer(subject, stream.view()[:early])
-    what = f"the {early} bytes of PRE_COPY, of {stream.size}"
+    what = f"a load of the {early} bytes that PRE_COPY delivers, of {stream.size}"
     prefer_refusal(subject, what, offered, "FAULT-12, FAULT-14")
 
 
@@ -140,7 +140,7 @@ def more_than_a_state_is_refused(subject: Subject) -> None:
     expect_coherent(subject, offered)
     saw = f"the write: {errno_text(offered.write)}, leaving: {errno_text(offered.leave)}"
     subject.evidence.prefer(
-        "one byte more", offered.write or offered.leave, "a refusal", saw, "USER-11"
+        "a load with one byte more", offered.write or offered.leave, "a refusal", saw, "USER-11"
     )
 
 
@@ -152,7 +152,7 @@ def corrupt(quarter: int, subject: Subject) -> None:
     at = (2 * quarter + 1) * len(state) // 8
     subject.evidence.step(f"invert byte {at} of the state")
     offered = offer(subject, state[:at], bytes([state[at] ^ 0xFF]), state[at + 1 :])
-    prefer_refusal(subject, f"byte {at} of {len(state)} inverted", offered, "USER-11")
+    prefer_refusal(subject, f"a load with byte {at} of {len(state)} inverted", offered, "USER-11")
 
 
 for _quarter in range(4):
@@ -170,15 +170,20 @@ def a_foreign_state_is_refused(subject: Subject) -> None:
     """Bytes of another kind, as many as the state has, are refused."""
     length = len(subject.some_state())
     offered = offer(subject, *foreign_bytes(length))
-    prefer_refusal(subject, f"{length} foreign bytes", offered, "USER-11")
+    prefer_refusal(subject, f"a load of {length} foreign bytes", offered, "USER-11")
     if not offered.write:
         return
     rule = MISLEADING.get(offered.write, "")
     saw = errno_text(offered.write)
-    subject.evidence.prefer("the errno", not rule, "one that says what is wrong", saw, rule)
+    what, wanted = "the errno of the write that was refused", "EINVAL, or another that fits"
+    subject.evidence.prefer(what, not rule, wanted, saw, rule)
     saw = errno_text(offered.leave)
     subject.evidence.prefer(
-        "leaving RESUMING after it", offered.leave, "a refusal", saw, "LOAD-5, FAULT-12, FAULT-13"
+        "leaving RESUMING after a write that failed",
+        offered.leave,
+        "a refusal",
+        saw,
+        "LOAD-5, FAULT-12, FAULT-13",
     )
 
 
@@ -193,8 +198,9 @@ def a_write_after_a_failed_one_saves_nothing(subject: Subject) -> None:
     again = subject.write_all(data_fd, state)
     reply = subject.request(State.STOP)
     expect_coherent(subject, Offer(failure, reply.errno))
-    saw = f"the later write: {errno_text(again)}, leaving: {errno_text(reply.errno)}"
-    subject.evidence.prefer("leaving RESUMING", reply.errno, "a refusal", saw, "FAULT-12, FAULT-13")
+    saw = f"{errno_text(reply.errno)} (the later write: {errno_text(again)})"
+    what = "leaving RESUMING after a write that failed"
+    subject.evidence.prefer(what, reply.errno, "a refusal", saw, "FAULT-12, FAULT-13")
 
 
 @CHAPTER.check("LOAD-4", "LOAD-5")
@@ -214,7 +220,9 @@ def one_good_load_vouches_for_no_other(subject: Subject) -> None:
     subject.loaded()
     subject.go(State.STOP)
     offered = offer(subject, *foreign_bytes(length))
-    prefer_refusal(subject, f"{length} foreign bytes", offered, "FAULT-14, FAULT-15, USER-11")
+    prefer_refusal(
+        subject, f"a load of {length} foreign bytes", offered, "FAULT-14, FAULT-15, USER-11"
+    )
 
 
 @CHAPTER.check("LOAD-3", "LOAD-1")
@@ -226,7 +234,8 @@ def an_earlier_load_completes_no_other(subject: Subject) -> None:
     subject.loaded()
     subject.go(State.STOP)
     offered = offer(subject, state[:-1])
-    prefer_refusal(subject, "a byte less", offered, "FAULT-12, FAULT-15, FAULT-16")
+    what = f"a load of {len(state) - 1} of {len(state)} bytes, after one of them all"
+    prefer_refusal(subject, what, offered, "FAULT-12, FAULT-15, FAULT-16")
 
 
 @CHAPTER.check("LOAD-3", "CHOICE-3")
@@ -244,8 +253,9 @@ def what_was_refused_may_be_completed(subject: Subject) -> None:
     taken = not rest and not reply.errno
     refused = rest and reply.errno
     saw = f"the write: {errno_text(rest)}, leaving: {errno_text(reply.errno)}"
+    wanted = "both succeed, or both fail"
     subject.evidence.prefer(
-        "the rest", taken or refused, "both taken or both refused", saw, "FAULT-12"
+        "the write of the rest, and leaving RESUMING", taken or refused, wanted, saw, "FAULT-12"
     )
 
 
@@ -263,9 +273,11 @@ def where_a_write_ends_means_nothing(subject: Subject) -> None:
         if not piece:
             break
         count = subject.write(data_fd, piece)
-        subject.evidence.expect_that("a write", count > 0, "bytes are taken", str(count))
+        what = f"a write of {transfer_text(len(piece))} at {done}"
+        subject.evidence.expect_that(what, count > 0, "some are taken", transfer_text(count))
         done += count
-    subject.evidence.expect_errno("the rest", subject.write_all(data_fd, state[done:]), 0)
+    rest = subject.write_all(data_fd, state[done:])
+    subject.evidence.expect_errno("writes of the rest", rest, 0)
     subject.evidence.expect_errno("RESUMING -> STOP", subject.request(State.STOP).errno, 0)
 
 
@@ -307,10 +319,9 @@ def a_huge_write_is_not_taken_whole(subject: Subject) -> None:
         writer.result("the write")
         raise Inapplicable("the device was still taking bytes")
     count = writer.result("the write")
-    saw = errno_text(-count) if count < 0 else f"{count} bytes"
-    subject.evidence.prefer(
-        "the write", count < HUGE, "an error, or fewer bytes", saw, "USER-11: it has no limit"
-    )
+    what, wanted = f"a write of {HUGE} bytes", "an error, or fewer bytes"
+    saw = transfer_text(count)
+    subject.evidence.prefer(what, count < HUGE, wanted, saw, "USER-11: it has no limit")
 
 
 @CHAPTER.check("LOAD-2", shows=Shows.DESCRIPTORS)
@@ -324,10 +335,10 @@ def a_write_from_no_memory_gives_nothing(subject: Subject) -> None:
     with Pages("rw", "") as pages:
         subject.evidence.step("write from no memory")
         result = subject.raw.write(data_fd, buffer_at(pages.page(1), 64))
-    subject.evidence.expect_errno("no memory", max(0, -result), errno.EFAULT)
+    subject.evidence.expect_transfer("a write from no memory", result, errno.EFAULT)
     failure = subject.write_all(data_fd, state)
     leave = subject.request(State.STOP).errno
     saw = f"the writes: {errno_text(failure)}, leaving: {errno_text(leave)}"
     subject.evidence.prefer(
-        "the state behind it", not failure and not leave, "it is taken", saw, "LOAD-5"
+        "the whole state, after that write", not failure and not leave, "it is taken", saw, "LOAD-5"
     )

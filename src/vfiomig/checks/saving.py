@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from vfiomig.checks.check import Chapter
-from vfiomig.checks.evidence import Inapplicable
+from vfiomig.checks.evidence import Inapplicable, transfer_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import PAGE, Pages, buffer_at
 from vfiomig.checks.stream import first_difference
@@ -29,10 +29,10 @@ def the_end_is_zero(subject: Subject) -> None:
     """A read at the end of the state returns 0, and goes on doing so."""
     data_fd = subject.session(State.STOP_COPY)
     last = subject.read_on(data_fd, subject.new_stream(kept=False))
-    subject.evidence.expect_errno("the end of the state", -last, 0)
+    subject.evidence.expect_transfer("the read at the end of the state", last, 0)
     for _ in range(3):
         result, _ = subject.read(data_fd, 4096)
-        subject.evidence.expect("a read after the end", result, 0)
+        subject.evidence.expect_transfer("a read after the end", result, 0)
 
 
 @CHAPTER.check("SAVE-3")
@@ -40,9 +40,11 @@ def no_end_in_stop_copy_is_temporary(subject: Subject) -> None:
     """ENOMSG never comes in STOP_COPY, neither on the way nor at the end."""
     data_fd = subject.session(State.STOP_COPY)
     last = subject.read_on(data_fd, subject.new_stream(kept=False))
-    subject.evidence.expect_that("a read", last != -errno.ENOMSG, "bytes, or 0", "ENOMSG")
+    what, saw = "reads in STOP_COPY, to the end", f"in the end {transfer_text(last)}"
+    subject.evidence.expect_that(what, last != -errno.ENOMSG, "bytes, and 0 bytes in the end", saw)
     result, _ = subject.read(data_fd, 16)
-    subject.evidence.expect_that("a read", result != -errno.ENOMSG, "0", "ENOMSG")
+    what, saw = "a read after the end", transfer_text(result)
+    subject.evidence.expect_that(what, result != -errno.ENOMSG, "0 bytes", saw)
 
 
 @CHAPTER.check("SAVE-1")
@@ -60,8 +62,9 @@ def one_byte_reads_reach_the_end_too(subject: Subject) -> None:
     counts = [subject.read(data_fd, 1)[0] for _ in range(min(3, length))]
     result, _ = subject.read(data_fd, 1)
     shown = ", ".join(map(str, counts))
-    subject.evidence.expect_that("the last bytes", set(counts) == {1}, "1 byte each", shown)
-    subject.evidence.expect("the read behind them", result, 0)
+    what = f"what reads of 1 byte return for the last {len(counts)} bytes"
+    subject.evidence.expect_that(what, set(counts) == {1}, "1 each", shown)
+    subject.evidence.expect_transfer("the read behind them", result, 0)
 
 
 @CHAPTER.check("STATE-3", "STATE-4")
@@ -127,7 +130,7 @@ def a_read_into_no_memory_takes_nothing(subject: Subject) -> None:
     with Pages("rw", "") as pages:
         subject.evidence.step("read into no memory")
         result = subject.raw.read(data_fd, buffer_at(pages.page(1), 64))
-        subject.evidence.expect_errno("no memory", max(0, -result), errno.EFAULT)
+        subject.evidence.expect_transfer("a read into no memory", result, errno.EFAULT)
     _, then = subject.read(data_fd, 64)
     _prefer_complete(subject, state, then)
 
@@ -148,9 +151,10 @@ def a_buffer_that_ends_early_is_filled_so_far(subject: Subject) -> None:
         buffer = buffer_at(pages.end(0, half), 2 * half)
         result = subject.raw.read(data_fd, buffer)
         got = bytes(buffer[: max(result, 0)])
-    subject.evidence.expect_that(
-        "the read", 0 < result <= half or result == -errno.EFAULT, f"{half}, or EFAULT", str(result)
-    )
+    what = f"a read into {half} bytes and as many that are missing"
+    fair = 0 < result <= half or result == -errno.EFAULT
+    wanted = f"{half} bytes, or EFAULT"
+    subject.evidence.expect_that(what, fair, wanted, transfer_text(result))
     _, then = subject.read(data_fd, 64)
     _prefer_complete(subject, state, got + then)
 
@@ -158,4 +162,5 @@ def a_buffer_that_ends_early_is_filled_so_far(subject: Subject) -> None:
 def _prefer_complete(subject: Subject, state: memoryview, got: bytes) -> None:
     difference = first_difference(got, state[: len(got)])
     saw = "nothing lost" if difference is None else "bytes are lost"
-    subject.evidence.prefer("what follows", difference is None, "nothing lost", saw, "FAULT-18")
+    what = "the stream after the fault"
+    subject.evidence.prefer(what, difference is None, "nothing lost", saw, "FAULT-18")

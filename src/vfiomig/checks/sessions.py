@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vfiomig.abi import vfio
 from vfiomig.checks.check import Chapter
 from vfiomig.checks.dangers import STALE_WRITE
+from vfiomig.checks.evidence import transfer_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import map_descriptor
 from vfiomig.fsm import SessionKind, State, session_kind
@@ -28,6 +29,7 @@ CHAPTER = Chapter(
     {"section": "enum vfio_device_mig_state"},
 )
 
+READER = "the thread that reads"
 POLL = "VFIO_MIG_GET_PRECOPY_INFO"
 
 
@@ -78,10 +80,10 @@ def the_wrong_direction_is_ebadf(subject: Subject) -> None:
     """A write to a saving data_fd, and a read of one of RESUMING, are EBADF."""
     saving = subject.session(State.STOP_COPY)
     result = subject.write(saving, b"x")
-    subject.evidence.expect_errno("a write while saving", max(0, -result), errno.EBADF)
+    subject.evidence.expect_transfer("a write to a saving data_fd", result, errno.EBADF)
     resuming = subject.session(State.RESUMING)
     result, _ = subject.read(resuming, 1)
-    subject.evidence.expect_errno("a read while resuming", max(0, -result), errno.EBADF)
+    subject.evidence.expect_transfer("a read of a data_fd of RESUMING", result, errno.EBADF)
 
 
 @CHAPTER.check("SESSION-10", shows=Shows.DESCRIPTORS)
@@ -118,9 +120,9 @@ def an_unknown_request_on_a_data_fd_is_enotty(subject: Subject) -> None:
         if state is State.RESUMING:
             numbers.append(vfio.VFIO_MIG_GET_PRECOPY_INFO)
         for number in numbers:
-            subject.evidence.step(f"request {number:#x} on the data_fd")
+            what = f"request {number:#x} on a data_fd of {state.name}"
+            subject.evidence.step(what)
             result = subject.raw.ioctl(data_fd, number, argument)
-            what = f"request {number:#x} in {state.name}"
             subject.evidence.expect_errno(what, result, errno.ENOTTY)
 
 
@@ -194,7 +196,9 @@ def a_saving_session_ends_with_its_states(subject: Subject) -> None:
     subject.go(State.STOP)
     for target in (State.STOP, State.RUNNING):
         result, _ = subject.read(data_fd, 16)
-        subject.evidence.expect_errno(f"a read in {target.name}", max(0, -result), errno.ENODEV)
+        subject.evidence.expect_transfer(
+            f"a read of the data_fd of STOP_COPY in {target.name}", result, errno.ENODEV
+        )
         subject.go(State.RUNNING)
 
 
@@ -205,7 +209,7 @@ def a_resuming_session_ends_with_its_state(subject: Subject) -> None:
     subject.go(State.STOP)
     for _ in range(2):
         result = subject.write(data_fd, b"x")
-        subject.evidence.expect_errno("a write afterwards", max(0, -result), errno.ENODEV)
+        subject.evidence.expect_transfer("a write after RESUMING was left", result, errno.ENODEV)
 
 
 @CHAPTER.check("SESSION-1", "SESSION-4", shows=Shows.MEANING)
@@ -214,11 +218,14 @@ def an_old_data_fd_stays_dead(subject: Subject) -> None:
     old = subject.session(State.STOP_COPY)
     subject.go(State.STOP)
     new = subject.session(State.STOP_COPY)
-    subject.evidence.expect_that("the new data_fd", new != old, "another number", str(new))
+    wanted = f"another than {old}, which is open"
+    subject.evidence.expect_that("the new data_fd", new != old, wanted, str(new))
     result, _ = subject.read(old, 16)
-    subject.evidence.expect_errno("a read of the old one", max(0, -result), errno.ENODEV)
+    what = "a read of the old data_fd in the new session"
+    subject.evidence.expect_transfer(what, result, errno.ENODEV)
     result, _ = subject.read(new, 16)
-    subject.evidence.expect_that("a read of the new one", result >= 0, "bytes", str(result))
+    what = "a read of the new data_fd"
+    subject.evidence.expect_that(what, result >= 0, "bytes", transfer_text(result))
 
 
 @CHAPTER.check("SESSION-4", shows=Shows.MEANING)
@@ -230,8 +237,8 @@ def a_reader_wakes_when_its_session_ends(subject: Subject) -> None:
     data_fd = subject.session(State.STOP_COPY)
     reader = subject.read_on_beside(data_fd)
     subject.go(State.STOP)
-    last = reader.result("the reader")
-    subject.evidence.expect_errno("the last read", -last, errno.ENODEV)
+    last = reader.result(READER)
+    subject.evidence.expect_transfer("its last read", last, errno.ENODEV)
 
 
 @CHAPTER.check("SESSION-5", shows=Shows.MEANING)
@@ -253,7 +260,7 @@ def a_closed_data_fd_does_not_come_back(subject: Subject) -> None:
     subject.close_fd(subject.session(State.STOP_COPY))
     reply = subject.request(State.STOP_COPY)
     subject.evidence.expect_errno("STOP_COPY again", reply.errno, 0)
-    subject.evidence.expect("data_fd", reply.data_fd, -1)
+    subject.evidence.expect("data_fd of STOP_COPY again", reply.data_fd, -1)
 
 
 @CHAPTER.check("SESSION-1", "SESSION-3")
@@ -265,7 +272,7 @@ def a_second_session_is_as_good_as_the_first(subject: Subject) -> None:
         subject.go(State.STOP)
     shown = ", ".join(map(str, lengths))
     subject.evidence.expect_that(
-        "bytes of each", all(lengths) or not any(lengths), "a state each time", shown
+        "bytes of three sessions", all(lengths) or not any(lengths), "a state each time", shown
     )
 
 

@@ -30,7 +30,7 @@ CHAPTER = Chapter(
 def ask(subject: Subject, when: str) -> int:
     subject.evidence.step(f"GET of MIG_DATA_SIZE {when}")
     answer = subject.raw.feature(GET | SIZE, bytes(8))
-    subject.evidence.expect_errno(f"GET {when}", answer.errno, 0)
+    subject.evidence.expect_errno(f"GET of MIG_DATA_SIZE {when}", answer.errno, 0)
     return int.from_bytes(answer.payload, "little")
 
 
@@ -62,9 +62,9 @@ def it_covers_what_is_delivered(subject: Subject) -> None:
     subject.go(State.STOP)
     estimate = ask(subject, "in STOP")
     delivered = len(subject.drain(subject.session(State.STOP_COPY)))
-    saw = f"{estimate} for {delivered} bytes"
+    what = f"stop_copy_length, before STOP_COPY delivered {delivered} bytes"
     subject.evidence.prefer(
-        "stop_copy_length", estimate >= delivered, "enough", saw, "SIZE-3: an estimate"
+        what, estimate >= delivered, "as much, or more", str(estimate), "SIZE-3: an estimate"
     )
 
 
@@ -75,5 +75,6 @@ def a_size_that_cannot_be_written_is_efault(subject: Subject) -> None:
     with Pages("rw", "") as pages:
         edge = pages.end(0, len(header))
         ctypes.memmove(edge, header, len(header))
-        subject.evidence.step("GET with the payload in no memory")
-        subject.evidence.expect_errno("no memory", subject.raw.feature_at(edge), errno.EFAULT)
+        what = "GET of MIG_DATA_SIZE with the payload in no memory"
+        subject.evidence.step(what)
+        subject.evidence.expect_errno(what, subject.raw.feature_at(edge), errno.EFAULT)

@@ -94,12 +94,15 @@ def check_pair(origin: State, target: State, subject: Subject) -> None:
         subject.expect_state(target)
         opens = any(arc.opens for arc in arcs)
         subject.evidence.expect_that(
-            "a new data_fd", (new != NO_FD) is opens, _came(opens), _came(new != NO_FD)
+            f"a data_fd with {target.name}",
+            (new != NO_FD) is opens,
+            _came(opens),
+            _came(new != NO_FD),
         )
         closed = any(arc.closes for arc in arcs)
     if lives is not None:
         subject.evidence.expect_that(
-            "the old session", lives is not closed, _life(not closed), _life(lives)
+            f"the session of {origin.name}", lives is not closed, _life(not closed), _life(lives)
         )
 
 
@@ -134,7 +137,8 @@ def check_out_of_range(origin: State, subject: Subject) -> None:
         subject.expect_state(origin)
     if old != NO_FD and (lives := _session_lives(subject, origin, old)) is not None:
         subject.cell += " =" if lives else " x"
-        subject.evidence.expect_that("the old session", lives, _life(True), _life(lives))
+        what = f"the session of {origin.name}"
+        subject.evidence.expect_that(what, lives, _life(True), _life(lives))
 
 
 def _session_lives(subject: Subject, origin: State, data_fd: int) -> bool | None:
@@ -157,7 +161,7 @@ def _cell(subject: Subject, result: int, new: int, lives: bool | None) -> str:
 
 
 def _came(comes: bool) -> str:
-    return "one" if comes else "none"
+    return "a new one" if comes else "none"
 
 
 def _life(lives: bool) -> str:

@@ -29,6 +29,7 @@ from vfiomig.checks.evidence import (
     Unrun,
     errno_text,
     state_text,
+    transfer_text,
 )
 from vfiomig.checks.facts import no_descriptor_left
 from vfiomig.checks.stream import CHUNK, StateTooLong, Stream, first_difference
@@ -49,6 +50,8 @@ __all__ = ("Subject",)
 
 R = TypeVar("R")
 
+#: The step of a query.
+ASK = "ask for the state"
 #: Bytes that are no device's state.
 FOREIGN = bytes(range(256)) * 16
 
@@ -76,6 +79,7 @@ class Subject:
         self.deadline = deadline
         self._state_limit = state_limit
         self._dangerous = dangerous
+        self._after = "the state"
         #: What the state matrix shows of the check.
         self.cell = ""
         self._data_fds: dict[int, SessionKind | None] = {}
@@ -149,7 +153,9 @@ class Subject:
     def expect_given(self, reply: Reply) -> int:
         """Return the data_fd that came with an answer; ``Broken`` if none did."""
         data_fd = self.given(reply)
-        self.evidence.expect_that("a data_fd", data_fd != NO_FD, "a new one", str(reply.data_fd))
+        self.evidence.expect_that(
+            "data_fd", data_fd != NO_FD, "a new descriptor", str(reply.data_fd)
+        )
         return data_fd
 
     def go(self, *states: State) -> int:
@@ -208,10 +214,13 @@ class Subject:
         return reply.device_state
 
     def expect_state(self, *wanted: int, known: dict[int, str] | None = None) -> None:
-        """Ask where the device is, and compare."""
+        """Ask where the device is, and compare; it is told after what that is."""
         first, *others = wanted
-        self.evidence.step("ask for the state")
-        self.evidence.expect_state("the state", self.state(), first, *others, known=known)
+        last = self.evidence.last_step.partition(" -> ")[0]
+        if last != ASK:
+            self._after = f"the state (after {last})"
+        self.evidence.step(ASK)
+        self.evidence.expect_state(self._after, self.state(), first, *others, known=known)
 
     @property
     def mended(self) -> list[str]:
@@ -231,13 +240,13 @@ class Subject:
         buffer = bytearray(size)
         step = self.evidence.step(f"read {size}")
         count = self.raw.read(data_fd, buffer)
-        self.evidence.outcome(step, _transfer_text(count))
+        self.evidence.outcome(step, transfer_text(count))
         return count, bytes(buffer[: max(count, 0)])
 
     def write(self, data_fd: int, data: bytes | memoryview) -> int:
         step = self.evidence.step(f"write {len(data)}")
         count = self.raw.write(data_fd, data)
-        self.evidence.outcome(step, _transfer_text(count))
+        self.evidence.outcome(step, transfer_text(count))
         return count
 
     def read_on(self, data_fd: int, into: Stream, size: int = CHUNK) -> int:
@@ -249,7 +258,7 @@ class Subject:
                 self.check_deadline()
         except StateTooLong as trouble:
             raise Unrun(f"{trouble}: raise the limit (--state-limit)") from None
-        self.evidence.outcome(step, f"{into.size - before} bytes, then {_transfer_text(count)}")
+        self.evidence.outcome(step, f"{into.size - before} bytes, then {transfer_text(count)}")
         return count
 
     def new_stream(self, *, kept: bool = True) -> Stream:
@@ -296,7 +305,7 @@ class Subject:
                 self.check_deadline()
                 count = self.raw.write(data_fd, view[done : done + CHUNK])
                 if count <= 0:
-                    self.evidence.outcome(step, f"{_transfer_text(count)} at {before + done}")
+                    self.evidence.outcome(step, f"{transfer_text(count)} at {before + done}")
                     return -count or errno.EIO
                 done += count
             before += done
@@ -333,12 +342,12 @@ class Subject:
             raise Unrun(f"the device does not take its own state: {errno_text(failure)}")
         return data_fd
 
-    def expect_taken(self, state: memoryview, when: str = "") -> None:
+    def expect_taken(self, state: memoryview, what: str = "its own state") -> None:
         """Load a state that is the device's own; ``Broken`` if it is not taken."""
         failure = self.write_all(self.session(State.RESUMING), state)
-        self.evidence.expect_errno(f"the writes{when}", failure, 0)
+        self.evidence.expect_errno(f"writes of {what}", failure, 0)
         left = self.request(State.STOP).errno
-        self.evidence.expect_errno(f"RESUMING -> STOP{when}", left, 0)
+        self.evidence.expect_errno(f"RESUMING -> STOP with {what}", left, 0)
 
     def lives(self, data_fd: int) -> bool:
         """Tell whether a session is alive; a byte may move, and nothing else is done with it."""
@@ -419,7 +428,9 @@ class Subject:
 
     def check_deadline(self) -> None:
         if self.left <= 0:
-            self.evidence.expect_that("the time", False, "an end before the deadline", "none")
+            self.evidence.expect_that(
+                f"{self.evidence.last_step}", False, "an end in time", "still under way"
+            )
 
     # The two ends of a check.
 
@@ -467,7 +478,3 @@ class Subject:
     def forget_descriptors(self) -> None:
         """After the device was closed: the numbers belong to nobody."""
         self._data_fds.clear()
-
-
-def _transfer_text(count: int) -> str:
-    return errno_text(-count) if count < 0 else str(count)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vfiomig.checks.check import LANDED, Chapter
 from vfiomig.checks.evidence import errno_text, state_text
 from vfiomig.checks.facts import Shows
+from vfiomig.checks.sessions import READER
 from vfiomig.fsm import State, path
 
 if TYPE_CHECKING:
@@ -33,13 +34,13 @@ def two_changes_of_state_happen_one_after_the_other(subject: Subject) -> None:
         other = subject.beside(lambda: subject.request(State.STOP_COPY))
         reply = subject.request(State.STOP)
         second = other.result("the request for STOP_COPY")
-        subject.evidence.expect_errno("STOP", reply.errno, 0)
-        subject.evidence.expect_errno("STOP_COPY", second.errno, 0)
+        subject.evidence.expect_errno("STOP beside STOP_COPY", reply.errno, 0)
+        subject.evidence.expect_errno("STOP_COPY beside STOP", second.errno, 0)
         state = subject.state()
-        subject.evidence.expect_state("the state", state, State.STOP, State.STOP_COPY)
+        subject.evidence.expect_state("the state after both", state, State.STOP, State.STOP_COPY)
         lives = subject.lives(subject.expect_given(second))
         subject.evidence.expect_that(
-            "its session",
+            "the session of STOP_COPY",
             lives is (state == State.STOP_COPY),
             "alive in STOP_COPY, over in STOP",
             f"{'alive' if lives else 'over'} in {state_text(state)}",
@@ -73,7 +74,7 @@ def a_query_sees_no_state_between(subject: Subject) -> None:
     watcher.result("the thread that asks")
     shown = ", ".join(sorted(map(state_text, seen)))
     subject.evidence.expect_that(
-        "states that were told", not seen & between, "RUNNING and STOP_COPY", shown
+        "states that were told meanwhile", not seen & between, "RUNNING and STOP_COPY", shown
     )
 
 
@@ -97,11 +98,17 @@ def two_readers_share_one_stream(subject: Subject) -> None:
     first, second = count(), other.result("the other reader")
     for reader, total in (("one reader", first), ("the other", second)):
         saw = errno_text(-total) if total < 0 else f"{total} bytes"
-        subject.evidence.expect_that(reader, total >= 0, "the end of the state", saw)
+        subject.evidence.expect_that(
+            f"reads of {reader} to the end", total >= 0, "the end of the state", saw
+        )
     together = first + second
     saw = f"{first} + {second} = {together}"
     subject.evidence.prefer(
-        "bytes", together == length, str(length), saw, "SESSION-8, unless lengths differ"
+        "bytes that both got",
+        together == length,
+        str(length),
+        saw,
+        "SESSION-8, unless lengths differ",
     )
 
 
@@ -112,9 +119,10 @@ def a_reader_does_not_hold_up_requests(subject: Subject) -> None:
 
     reader = subject.read_on_beside(data_fd)
     subject.expect_state(State.STOP_COPY)
-    subject.evidence.expect_errno("STOP", subject.request(State.STOP).errno, 0)
-    last = reader.result("the reader")
-    subject.evidence.expect_errno("its last read", -last, errno.ENODEV)
+    result = subject.request(State.STOP).errno
+    subject.evidence.expect_errno("STOP while a thread reads", result, 0)
+    last = reader.result(READER)
+    subject.evidence.expect_transfer("its last read", last, errno.ENODEV)
 
 
 @CHAPTER.check("SESSION-5")
@@ -125,6 +133,6 @@ def a_session_can_be_closed_beside_a_change(subject: Subject) -> None:
         other = subject.beside(lambda: subject.request(State.RUNNING))
         subject.close_fd(data_fd)
         reply = other.result("the request for RUNNING")
-        subject.evidence.expect_errno("RUNNING", reply.errno, 0)
+        subject.evidence.expect_errno("RUNNING beside the close", reply.errno, 0)
     saw = errno_text(subject.raw.get_state().errno)
     subject.evidence.expect("a query afterwards", saw, errno_text(0))

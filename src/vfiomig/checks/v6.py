@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
 from vfiomig.checks.check import V6, Chapter
+from vfiomig.checks.discovery import flags_text
 from vfiomig.checks.evidence import errno_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import Pages
@@ -46,8 +47,8 @@ def a_small_argsz_is_eopnotsupp(subject: Subject) -> None:
     """An argsz below 16 is EOPNOTSUPP, not EINVAL, and nothing is written or done."""
     for argsz in (0, 8, 15):
         result, argument = ask(subject, f"SET STOP, argsz {argsz}", argsz=argsz)
-        subject.evidence.expect_errno(f"argsz {argsz}", result, errno.EOPNOTSUPP)
-        subject.evidence.expect("data_fd", argument.data_fd, UNSET_FD)
+        subject.evidence.expect_errno(f"SET STOP, argsz {argsz}", result, errno.EOPNOTSUPP)
+        subject.evidence.expect(f"data_fd, which held {UNSET_FD}", argument.data_fd, UNSET_FD)
     subject.expect_state(State.RUNNING)
 
 
@@ -56,8 +57,9 @@ def nonzero_flags_are_eopnotsupp(subject: Subject) -> None:
     """Any flag is EOPNOTSUPP, and nothing is written or done: so this is a harmless probe."""
     for flags in (1, 0x8000_0000):
         result, argument = ask(subject, f"SET STOP, flags {flags:#x}", flags=flags)
-        subject.evidence.expect_errno(f"flags {flags:#x}", result, errno.EOPNOTSUPP)
-        subject.evidence.expect_state("device_state", argument.device_state, State.STOP)
+        subject.evidence.expect_errno(f"SET STOP, flags {flags:#x}", result, errno.EOPNOTSUPP)
+        what = "device_state, which held STOP"
+        subject.evidence.expect_state(what, argument.device_state, State.STOP)
     subject.expect_state(State.RUNNING)
 
 
@@ -66,8 +68,8 @@ def a_larger_argsz_is_accepted(subject: Subject) -> None:
     """An argsz above 16 is accepted, and comes back as it was."""
     for argsz in (17, 4096, 0xFFFF_FFFF):
         result, argument = ask(subject, f"SET STOP, argsz {argsz}", argsz=argsz)
-        subject.evidence.expect_errno(f"argsz {argsz}", result, 0)
-        subject.evidence.expect("argsz", argument.argsz, argsz)
+        subject.evidence.expect_errno(f"SET STOP, argsz {argsz}", result, 0)
+        subject.evidence.expect("argsz afterwards", argument.argsz, argsz)
 
 
 @CHAPTER.check("SET-V6-2", "SET-V6-10", shows=Shows.FAULTS)
@@ -75,10 +77,10 @@ def an_argument_that_is_not_there_is_efault(subject: Subject) -> None:
     """An argument that cannot be read is EFAULT, and the state stays."""
     with Pages("rw", "") as pages:
         for what, address in (
-            ("a null pointer", 0),
-            ("half an argument", pages.end(0, 8)),
+            ("SET with a null pointer", 0),
+            ("SET with half an argument", pages.end(0, 8)),
         ):
-            subject.evidence.step(f"SET with {what}")
+            subject.evidence.step(what)
             result = subject.raw.on_device(NUMBER, vfio.MigSetState.from_address(address))
             subject.evidence.expect_errno(what, result, errno.EFAULT)
     subject.expect_state(State.RUNNING)
@@ -91,9 +93,10 @@ def a_request_for_error_tells_the_state(subject: Subject) -> None:
         subject.begin()
         subject.enter(state)
         result, argument = ask(subject, "SET ERROR", device_state=State.ERROR)
-        subject.evidence.expect_errno(f"ERROR in {state.name}", result, errno.EINVAL)
-        subject.evidence.expect_state(f"the state in {state.name}", argument.device_state, state)
-        subject.evidence.expect("data_fd", argument.data_fd, -1)
+        what = f"SET ERROR in {state.name}"
+        subject.evidence.expect_errno(what, result, errno.EINVAL)
+        subject.evidence.expect_state(f"device_state after {what}", argument.device_state, state)
+        subject.evidence.expect(f"data_fd after {what}", argument.data_fd, -1)
         subject.close_all()
 
 
@@ -103,8 +106,9 @@ def a_refusal_tells_the_state(subject: Subject) -> None:
     for origin, target in ((State.RUNNING, 5), (State.STOP, 8), (State.STOP_COPY, 0xFFFF_FFFF)):
         subject.go(origin)
         result, argument = ask(subject, f"SET {target:#x}", device_state=target)
-        subject.evidence.expect_errno(f"{target:#x}", result, errno.EINVAL)
-        subject.evidence.expect_state("device_state", argument.device_state, origin)
+        what = f"SET {target:#x} in {origin.name}"
+        subject.evidence.expect_errno(what, result, errno.EINVAL)
+        subject.evidence.expect_state(f"device_state after {what}", argument.device_state, origin)
 
 
 @CHAPTER.check("SET-V6-6", "SET-V6-9")
@@ -112,8 +116,8 @@ def argsz_and_flags_come_back_as_they_were(subject: Subject) -> None:
     """The whole struct is written back, with argsz and flags as they were given."""
     for target in (State.STOP, State.STOP_COPY, 9):
         _, argument = ask(subject, f"SET {int(target)}", device_state=target, argsz=20)
-        subject.evidence.expect("argsz", argument.argsz, 20)
-        subject.evidence.expect("flags", argument.flags, 0)
+        subject.evidence.expect(f"argsz after SET {int(target)}", argument.argsz, 20)
+        subject.evidence.expect(f"flags after SET {int(target)}", argument.flags, 0)
 
 
 @CHAPTER.check("QUERY-V6-1", "CHOICE-4")
@@ -121,8 +125,9 @@ def the_capability_set_is_one(subject: Subject) -> None:
     """MIGRATION answers 1, whatever the device could do beyond."""
     subject.evidence.step("GET of MIGRATION")
     answer = subject.raw.feature(GET | vfio.VFIO_DEVICE_FEATURE_MIGRATION, bytes(8))
-    subject.evidence.expect_errno("GET", answer.errno, 0)
-    subject.evidence.expect("flags", int.from_bytes(answer.payload, "little"), 1)
+    subject.evidence.expect_errno("GET of MIGRATION", answer.errno, 0)
+    flags = int.from_bytes(answer.payload, "little")
+    subject.evidence.expect("the flags that MIGRATION answers", flags, 1)
 
 
 @CHAPTER.check("CHOICE-4", "NEXT-5")
@@ -132,7 +137,8 @@ def later_states_are_none(subject: Subject) -> None:
         subject.go(origin)
         for target in (5, 6, 7):
             reply = subject.request(target)
-            subject.evidence.expect_errno(f"{origin.name} -> {target}", reply.errno, errno.EINVAL)
+            what = f"SET {target} in {origin.name}"
+            subject.evidence.expect_errno(what, reply.errno, errno.EINVAL)
             subject.expect_state(origin)
 
 
@@ -140,9 +146,10 @@ def later_states_are_none(subject: Subject) -> None:
 def the_features_of_the_other_dialect_are_unknown(subject: Subject) -> None:
     """MIG_DEVICE_STATE, MIG_DATA_SIZE and DMA logging are unknown indices."""
     for index, operation in ((2, GET | SET), (9, GET), (6, SET), (12, SET)):
-        subject.evidence.step(f"PROBE of index {index}")
+        what = flags_text(PROBE | operation | index)
+        subject.evidence.step(what)
         result = subject.raw.feature(PROBE | operation | index).errno
-        subject.evidence.expect_errno(f"index {index}", result, errno.EINVAL, errno.ENOTTY)
+        subject.evidence.expect_errno(what, result, errno.EINVAL, errno.ENOTTY)
 
 
 @CHAPTER.check("DIALECT-2", "SESSION-11")
@@ -152,5 +159,5 @@ def a_data_fd_knows_no_request(subject: Subject) -> None:
     argument = vfio.MigSetState(argsz=24, device_state=State.STOP)
     subject.evidence.step("0x3B79 on the data_fd")
     result = subject.raw.ioctl(data_fd, NUMBER, argument)
-    subject.evidence.expect_errno("0x3B79", result, errno.ENOTTY)
+    subject.evidence.expect_errno("0x3B79 on a data_fd", result, errno.ENOTTY)
     subject.expect_state(State.STOP_COPY)
