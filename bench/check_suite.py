@@ -69,7 +69,7 @@ def measure(small: str = "1M", large: str = "64M", rounds: int = 3) -> list[Meas
         Measurement(
             f"all checks of a model of {large}, against saving and loading it once",
             statistics.median(whole / moved for whole, moved in pairs),
-            at_most=100.0,
+            at_most=80.0,
             details={"seconds": [(round(a, 2), round(b, 3)) for a, b in pairs]},
         ),
     ]

@@ -231,10 +231,10 @@ def test_what_is_only_counted_is_not_kept_and_has_the_same_limit() -> None:
     for kept in (True, False):
         stream = Stream(2 * CHUNK, kept=kept)
         for _ in range(2):
-            assert stream.take(lambda room: len(room)) == CHUNK
+            assert stream.take(len) == CHUNK
         assert stream.size == 2 * CHUNK
         with pytest.raises(StateTooLong):
-            stream.take(lambda room: len(room))
+            stream.take(len)
     with pytest.raises(AssertionError):
         stream.view()
 
