@@ -66,6 +66,21 @@ def test_what_stat_and_links_say_of_them(tmp_path: Path) -> None:
         FAILS(stat("/dev/vfio/2", &about), ENOENT);
         FAILS(stat("/dev/vfio/vfio/x", &about), ENOTDIR);
         FAILS(stat("/dev/vfio/noiommu-0", &about), ENOENT);
+        int handle = open("/dev/vfio/0", O_PATH | O_CLOEXEC), other_handle = open("/dev/vfio/0", O_PATH);
+        CHECK(handle >= 0 && other_handle >= 0);             /* and the group is not open */
+        CHECK(!fstat(handle, &about) && minor(about.st_rdev) == 1024);
+        FAILS(ioctl(handle, 0x3B69), EBADF);
+        container = open("/dev/vfio/vfio", O_RDWR);
+        leads_to(handle, "/dev/vfio/0");
+        char anew[32];
+        sprintf(anew, "/proc/self/fd/%d", handle);
+        group = open(anew, O_RDWR);
+        CHECK(!ioctl(group, 0x3B68, &container));
+        FAILS(ioctl(group, 0x3B68, &handle), EBADF);
+        close(group);
+        close(container);
+        close(handle);
+        close(other_handle);
         open_group(0);
         leads_to(container, "/dev/vfio/vfio");
         leads_to(group, "/dev/vfio/0");

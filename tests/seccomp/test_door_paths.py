@@ -78,7 +78,11 @@ def test_every_way_to_open(tmp_path: Path) -> None:
 
             int handle = open(V0, O_PATH | O_CLOEXEC);
             CHECK(handle >= 0);
-            FAILS(ioctl(handle, 0x3B6B, &how), EINVAL);  /* not bound: the kernel says EBADF */
+            FAILS(ioctl(handle, 0x3B6B, &how), EBADF);
+            FAILS(read(handle, &how, 1), EBADF);
+            FAILS(pread(handle, &how, 1, 0), EBADF);
+            FAILS(lseek(handle, 0, SEEK_SET), EBADF);
+            CHECK(mmap(0, 4096, PROT_READ, MAP_SHARED, handle, 0) == MAP_FAILED && errno == EBADF);
             struct stat about;
             CHECK(!fstat(handle, &about) && S_ISCHR(about.st_mode));
             char path[32];

@@ -49,7 +49,7 @@ class SyscallCaller:
         return known.of_program(process_of(tid), tid, address, length, writable=writable)
 
     def file(self, number: int) -> Fd:
-        if self._door.table.find(self._call.tid, number) is not None:
+        if self._door.table.find_open(self._call.tid, number) is not None:
             raise OSError(errno.EINVAL, f"{number} is a device or what belongs to one")
         return Fd(self._share(number))
 
@@ -79,7 +79,7 @@ class SyscallCaller:
         return self._door.install_device(self._call, device, open_file)
 
     def opened(self, number: int) -> object:
-        opened = self._door.table.find(self._call.tid, number)
+        opened = self._door.table.find_open(self._call.tid, number)
         if isinstance(opened, IommufdOpen | ContainerOpen):
             return opened.context
         if opened is None and not os.path.lexists(f"/proc/{self._call.tid}/fd/{number}"):

@@ -87,7 +87,7 @@ class Calls:
 
     def __init__(self, door: Door) -> None:
         self._door = door
-        self._find = door.table.find
+        self._find = door.table.find_open
         plain = ("read", "write", "readv", "writev")
         positional = ("pread64", "pwrite64", "preadv", "pwritev", "preadv2", "pwritev2")
         self._handlers: dict[int, Handler] = {

@@ -49,6 +49,7 @@ from vfiomig.doors.syscall.opened import (
     GroupOpen,
     IommufdOpen,
     Opened,
+    PathOpen,
     Table,
     link_of,
 )
@@ -264,6 +265,10 @@ class Door:
 
     def open_iommu(self, flags: int) -> Fd:
         return self._place(IommufdOpen(Iommufd(), flags), "iommu", flags)
+
+    def open_path(self, path: str) -> Fd:
+        """Open a path without opening what is there (O_PATH)."""
+        return self._place(PathOpen(path), "path", os.O_RDONLY)
 
     def open_container(self, flags: int) -> Fd:
         return self._place(ContainerOpen(Container(), flags), "container", flags)

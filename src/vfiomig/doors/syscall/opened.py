@@ -42,6 +42,7 @@ __all__ = (
     "Held",
     "IommufdOpen",
     "Opened",
+    "PathOpen",
     "Table",
     "link_of",
 )
@@ -152,6 +153,14 @@ class IommufdOpen:
 
 
 @dataclass(slots=True, eq=False)
+class PathOpen:
+    """What O_PATH gives: it names ``label`` and holds nothing open."""
+
+    label: str
+    flags: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class DataOpen:
     """A data_fd of device ``number``. ``pipe`` is ``None`` where the device has no poll."""
 
@@ -166,7 +175,7 @@ class DataOpen:
         self.label = f"{self.device.name}:{self.migf.kind.name.lower()}"
 
 
-Opened: TypeAlias = DeviceOpen | GroupOpen | ContainerOpen | IommufdOpen | DataOpen
+Opened: TypeAlias = DeviceOpen | GroupOpen | ContainerOpen | IommufdOpen | DataOpen | PathOpen
 
 
 def link_of(fd: Fd) -> bytes:
@@ -227,4 +236,11 @@ class Table:
             with suppress(OSError):
                 mark = os.stat(f"/proc/{tid}/fd/{fd & 0xFFFF_FFFF}").st_mtime_ns
                 return self._over.get(mark)
+        return opened
+
+    def find_open(self, tid: int, fd: int) -> Opened | None:
+        """Find what a call works on: EBADF for what was opened with O_PATH."""
+        opened = self.find(tid, fd)
+        if type(opened) is PathOpen:
+            raise OSError(errno.EBADF, f"{opened.label} was opened with O_PATH")
         return opened

@@ -30,6 +30,7 @@ from vfiomig.doors.syscall.opened import (
     DeviceOpen,
     GroupOpen,
     IommufdOpen,
+    PathOpen,
 )
 from vfiomig.doors.syscall.paths import (
     ANONYMOUS,
@@ -190,6 +191,8 @@ class PathCalls:
             return f"{DEVICES}/{opened.label}" if opened.file.binds else ANONYMOUS
         if isinstance(opened, GroupOpen):
             return f"{VFIO}/{opened.number}"
+        if isinstance(opened, PathOpen):
+            return opened.label
         if isinstance(opened, ContainerOpen | IommufdOpen):
             return CONTAINER if isinstance(opened, ContainerOpen) else IOMMU
         if isinstance(opened, DataOpen) or not self._stand_in.is_made:
@@ -231,14 +234,16 @@ class PathCalls:
         if flags & os.O_DIRECTORY and not is_folder:
             raise OSError(errno.ENOTDIR, path)
         if flags & os.O_PATH:
-            # A mere handle cannot be put into another table: an open that is never used is nearest.
-            flags = os.O_RDONLY | flags & (os.O_CLOEXEC | os.O_NOFOLLOW)
+            # A mere handle cannot be put into another table: a file stands for it too.
+            flags &= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_PATH
         if is_folder and flags & (os.O_CREAT | os.O_ACCMODE):
             raise OSError(errno.EISDIR, path)
         if is_folder or not self._tree.has(path):
             if flags & os.O_ACCMODE:
                 raise OSError(errno.EACCES, f"{path} cannot be written")
             fd = self._stand_in.open(path, flags & os.O_NOFOLLOW)
+        elif flags & os.O_PATH:
+            fd = self._door.open_path(path)
         else:
             # The odd mode 3 opens for requests only; reading is not missed where it changes nothing.
             mode = flags & os.O_ACCMODE
