@@ -55,7 +55,8 @@ def dirty_pages(iommu: Type1, arg: int, caller: Caller) -> int:
             on = argument.flags == START
             if on is (iommu.table.log is None):  # once more changes nothing
                 iommu.table.track(on)
-                iommu.unseen.clear()
+                with iommu.space.lock:
+                    iommu.unseen.clear()
     return 0
 
 
