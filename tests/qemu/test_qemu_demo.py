@@ -173,6 +173,19 @@ def test_a_signal_ends_it_and_its_guests(terminal: Terminal, folder: Path) -> No
     assert_gone(folder)
 
 
+def test_what_a_killed_demo_leaves_is_gone_with_the_next_start_of_anything(
+    terminal: Terminal, folder: Path
+) -> None:
+    terminal.read_until("the guest boots")
+    os.kill(terminal.process.pid, signal.SIGKILL)
+    assert terminal.end() == -signal.SIGKILL
+    assert_gone(folder)
+    assert len(list(folder.glob("vfiomig-*"))) > 1, "its own, and one for each machine"
+    command = [sys.executable, "-m", "vfiomig", "run", "--device", "counter", "--"]
+    subprocess.run([*command, "ls", "/dev/vfio"], check=True, timeout=60)
+    assert list(folder.glob("vfiomig-*")) == []
+
+
 def test_a_qemu_that_is_killed_is_named(terminal: Terminal, folder: Path) -> None:
     terminal.read_until("the guest boots")
     qemus = {

@@ -26,7 +26,7 @@ ROOMS = (
     ("fsm",),
     ("wire",),
     ("descriptors", "memory", "process"),
-    ("eventfd",),
+    ("eventfd", "scratch"),
     ("iommu",),
     ("device",),
     ("core",),

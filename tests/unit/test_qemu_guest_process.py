@@ -217,3 +217,7 @@ def test_a_guest_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
         pytest.fail("it still runs")
     finally:
         os.close(started)
+    (left,) = folders()
+    with Guest(qemu(tmp_path), Machine()):
+        assert not left.exists(), "the next one removes what nobody could"
+    assert folders() == set()

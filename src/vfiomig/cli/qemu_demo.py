@@ -9,7 +9,8 @@ those of the devices on both sides, the stream is compared here byte for byte, a
 read from the disk of the destination.
 
 Everything that was started ends with this process, however that ends. SIGTERM and SIGHUP unwind
-it as Ctrl-C does, so that nothing is left in the folder for temporary files either.
+it as Ctrl-C does, so that nothing is left in the folder for temporary files either; what SIGKILL
+leaves there, the next start of anything removes.
 """
 
 from __future__ import annotations
@@ -19,11 +20,9 @@ import os
 import select
 import signal
 import sys
-import tempfile
 import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from vfiomig.cli.demo_table import Bar
@@ -46,9 +45,11 @@ from vfiomig.qemu.workload import (
     start_echo,
     wait_for_blocks,
 )
+from vfiomig.scratch import ScratchFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
     from types import FrameType
     from typing import Self
 
@@ -124,7 +125,7 @@ def demo_under_qemu(parts: Parts, size: int, dirty: int, *, json: bool) -> int:
     """
     account = Account(NAMES)
     with Bar() as bar, _unwinding_signals(), ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vfiomig-demo-")))
+        folder = stack.enter_context(ScratchFolder("demo-")).path
         ports = _ports_in(folder)
         specs = {side: specs_of(side, ports[side], size, dirty) for side in ports}
         pair = Pair(parts, specs, account, Stages(bar), stack)

@@ -4,7 +4,7 @@ Theory of operation
 -------------------
 QEMU's monitor is a socket that it inherits, so there is nothing to connect to, and its end of
 file says at once that QEMU does not start. The serial ports are files in a folder that goes away
-with the guest. The console, on the first one, is for reading when something went wrong.
+with the guest, and soon after its owner if that is killed. The console, on the first one, is for reading when something went wrong.
 
 On the second serial port a shell reads commands (guest-init.sh). Each command runs in a shell
 of its own; a line with a number that the command cannot know tells where its output ends and
@@ -20,22 +20,21 @@ import os
 import secrets
 import select
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vfiomig.errors import GuestEnded, GuestError, GuestTimeout, PrerequisiteError
 from vfiomig.qemu.machine import arguments
 from vfiomig.qemu.qmp import Qmp
 from vfiomig.qemu.terminal import Terminal
+from vfiomig.scratch import ScratchFolder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
@@ -72,20 +71,19 @@ class Guest:
         The launcher must pass on the descriptors that it inherits and QEMU's exit status.
         ``pass_fds`` are inherited too, under their numbers.
         """
-        self._folder = Path(tempfile.mkdtemp(prefix="vfiomig-guest-"))
-        self._console = self._folder / "console"
-        self._said = self._folder / "qemu"
+        self._scratch = ScratchFolder("guest-")
+        folder = self._scratch.path
+        self._console = folder / "console"
+        self._said = folder / "qemu"
         self._process: subprocess.Popen[bytes] | None = None
         monitor, monitor_there = socket.socketpair()
         #: QEMU's monitor.
         self.qmp = Qmp(monitor, ended=self._ended)
         #: The guest's second serial port, where its shell is.
-        self.shell = Terminal(
-            self._folder / "shell", self._folder / "commands", "the guest's shell"
-        )
+        self.shell = Terminal(folder / "shell", folder / "commands", "the guest's shell")
         try:
             with monitor_there, self._said.open("wb") as said:
-                words = arguments(machine, monitor=monitor_there.fileno(), folder=self._folder)
+                words = arguments(machine, monitor=monitor_there.fileno(), folder=folder)
                 self._process = _start(
                     [*launcher, str(qemu), *words],
                     said.fileno(),
@@ -185,7 +183,7 @@ class Guest:
         self.kill()
         self.qmp.close()
         self.shell.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.close()
 
     def _signal_group(self, number: signal.Signals) -> bool:
         """Signal everything that was started; False when that is over and waited for.

@@ -9,15 +9,15 @@ descriptor of it is recognized by where it leads.
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vfiomig.descriptors import Fd
+from vfiomig.scratch import ScratchFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 __all__ = ("StandIn",)
 
@@ -28,28 +28,30 @@ class StandIn:
     def __init__(self, *fills: Callable[[Path], None]) -> None:
         self._fills = fills
         self._lock = threading.Lock()
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: ScratchFolder | None = None
 
     def close(self) -> None:
-        if self._directory is not None:
-            self._directory.cleanup()
+        if self._folder is not None:
+            self._folder.close()
 
     @property
     def is_made(self) -> bool:
         """Whether it is there, so that descriptors could lead to it."""
-        return self._directory is not None
+        return self._folder is not None
 
     def path(self, path: str) -> str:
         """Return where what the program knows as ``path`` really is."""
         with self._lock:
-            if self._directory is None:
-                # Links of descriptors name it without links on the way.
-                above = os.path.realpath(tempfile.gettempdir())
-                directory = tempfile.TemporaryDirectory(prefix="vfiomig-", dir=above)
-                for fill in self._fills:
-                    fill(Path(directory.name))
-                self._directory = directory
-            return self._directory.name + path
+            if self._folder is None:
+                folder = ScratchFolder()
+                try:
+                    for fill in self._fills:
+                        fill(folder.path)
+                except BaseException:
+                    folder.close()
+                    raise
+                self._folder = folder
+            return f"{self._folder.path}{path}"
 
     def open(self, path: str, flags: int = 0) -> Fd:
         """Open it for reading."""
@@ -57,6 +59,6 @@ class StandIn:
 
     def name_of(self, link: str) -> str:
         """Return the path that a path of the real directory stands for, or ``link``."""
-        if self._directory is None or not link.startswith(self._directory.name):
+        if self._folder is None or not link.startswith(str(self._folder.path)):
             return link
-        return link[len(self._directory.name) :] or "/"
+        return link[len(str(self._folder.path)) :] or "/"
