@@ -724,6 +724,38 @@ def the_parts_of_a_region_that_may_be_mapped_are_told(dev: DeviceClient) -> None
     assert dev.mappable(7) == []
 
 
+@case(f"{DEVICES}:Bell")
+def what_is_mapped_is_the_devices_memory(dev: DeviceClient) -> None:
+    with dev.map_region(1, 0x2000, 0x2000) as page:
+        assert (len(page), page.readonly, page.contiguous) == (0x2000, False, True)
+        assert dev.write_region(1, 0x2000, b"by request") == 10
+        assert bytes(page[:10]) == b"by request"
+        page[0x1FFE:] = b"!!"
+        assert dev.read_region(1, 0x3FFE, 2) == b"!!"
+        with dev.map_region(1, 0x3000, 0x1000, writable=False) as again:
+            assert again.readonly
+            assert bytes(again[0xFFE:]) == b"!!"
+            page[0x1FFE:] = b"??"
+            assert bytes(again[0xFFE:]) == b"??"
+
+
+@case(f"{DEVICES}:Bell")
+def what_may_not_be_mapped_is_refused(dev: DeviceClient) -> None:
+    for index, offset, length in (
+        (1, 0x1000, 0x1000),  # the MSI-X table
+        (1, 0, 0x3000),  # in the middle of it
+        (1, 0x2000, 0x3000),  # behind the end
+        (1, 0x2001, 0x1000),
+        (1, 0x2000, 0),
+        (1, 0x2000, -1),
+        (0, 0, 16),
+        (7, 0, 4096),
+        (3, 0, 4096),
+    ):
+        with raises(errno.EINVAL):
+            dev.map_region(index, offset, length)
+
+
 # Recovery.
 
 

@@ -109,6 +109,9 @@ class Driver:
     def pwrite(self, offset: int, data: bytes) -> int:
         raise NotImplementedError
 
+    def map(self, offset: int, length: int, *, writable: bool) -> memoryview:
+        raise NotImplementedError
+
     def close(self, number: int) -> None:
         self.closed.append(number)
 

@@ -314,6 +314,22 @@ class DeviceClient:
         except OSError as failure:
             raise self._failed(f"VFIO_DEVICE_GET_REGION_INFO of {index}", failure) from None
 
+    def map_region(
+        self, index: int, offset: int, length: int, *, writable: bool = True
+    ) -> memoryview:
+        """Map pages of a region that ``mappable`` names: memory that is the device's as well.
+
+        They are mapped as long as anybody has the view or a slice of it. A device behind a
+        descriptor stays open as long (docs/protocol.md, CLOSE-3).
+
+        Raises:
+            RequestError: EINVAL, these are not pages that may be mapped.
+        """
+        try:
+            return self._transport.map(self._place(index, offset), length, writable=writable)
+        except OSError as failure:
+            raise self._failed(f"mapping region {index} at {offset:#x}", failure) from None
+
     def read_region(self, index: int, offset: int, length: int) -> bytes:
         """Read from a region in one access; fewer bytes at its end."""
         try:

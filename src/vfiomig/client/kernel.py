@@ -12,6 +12,7 @@ import os
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from vfiomig.client.regions import map_file
 from vfiomig.client.transport import NO_FD
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ class KernelTransport:
 
     def pwrite(self, offset: int, data: bytes) -> int:
         return os.pwrite(self.device, data, offset)
+
+    def map(self, offset: int, length: int, *, writable: bool) -> memoryview:
+        return map_file(self.device, offset, length, writable=writable)
 
     def close(self, number: int) -> None:
         os.close(number)

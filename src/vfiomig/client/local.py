@@ -92,6 +92,10 @@ class LocalTransport:
     def pwrite(self, offset: int, data: bytes) -> int:
         return self._file().pwrite(offset, data)
 
+    def map(self, offset: int, length: int, *, writable: bool) -> memoryview:
+        view = self._file().view(offset, length)
+        return view if writable else view.toreadonly()
+
     def _file(self) -> VfioDeviceFile:
         file = self.numbers.find(self.device)
         assert isinstance(file, VfioDeviceFile)

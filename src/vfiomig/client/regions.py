@@ -2,12 +2,13 @@
 
 The answer is a struct and, where argsz has room for it, a chain of capabilities; each names the
 offset of the next, 0 at the end. What a device's side wrote there is believed only as far as it
-lies inside the buffer.
+lies inside the buffer. What is mapped is memory that is shared with the device's side.
 """
 
 from __future__ import annotations
 
 import errno
+import mmap
 from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
@@ -16,7 +17,7 @@ from vfiomig.client.chain import MOST_INFO, capability_chain
 if TYPE_CHECKING:
     from vfiomig.client.requests import Requests
 
-__all__ = ("mappable_areas",)
+__all__ = ("map_file", "mappable_areas")
 
 INFO = vfio.RegionInfo
 SPARSE, AREA = vfio.RegionInfoCapSparseMmap, vfio.SparseMmapArea
@@ -44,6 +45,23 @@ def mappable_areas(requests: Requests, region: vfio.RegionInfo) -> list[tuple[in
         if number == vfio.VFIO_REGION_INFO_CAP_SPARSE_MMAP:
             return _areas(buffer, at, region)
     return whole
+
+
+def map_file(number: int, offset: int, length: int, *, writable: bool) -> memoryview:
+    """Map part of the file behind a descriptor, which may be closed afterwards.
+
+    Raises:
+        OSError: EINVAL as well where Python sees that the file has no such part.
+    """
+    if length <= 0:  # Python would map all that there is
+        raise OSError(errno.EINVAL, "there is nothing to be mapped")
+    protection = mmap.PROT_READ | mmap.PROT_WRITE * writable
+    try:
+        return memoryview(
+            mmap.mmap(number, length, flags=mmap.MAP_SHARED, prot=protection, offset=offset)
+        )
+    except (ValueError, OverflowError) as problem:
+        raise OSError(errno.EINVAL, f"its file has no such part: {problem}") from None
 
 
 def _areas(buffer: bytearray, at: int, region: vfio.RegionInfo) -> list[tuple[int, int]]:

@@ -55,5 +55,8 @@ class Transport(Protocol):
     def pwrite(self, offset: int, data: bytes) -> int:
         """Write to the device's descriptor."""
 
+    def map(self, offset: int, length: int, *, writable: bool) -> memoryview:
+        """Map part of the device's descriptor; it stays mapped as long as anybody has the view."""
+
     def close(self, number: int) -> None:
         """Close a descriptor."""

@@ -40,9 +40,11 @@ __all__ = (
     "Windows",
     "may_map",
     "memory_size",
+    "pages_lie_in",
     "plain_regions",
     "read_region",
     "region_offset",
+    "view",
     "windows_of",
     "write_region",
 )
@@ -294,9 +296,21 @@ def may_map(device: Device, offset: int, length: int, *, shared: bool) -> bool:
     region = device.regions.get(index)
     if region is None or not shared or not length or offset % PAGE:
         return False
+    return pages_lie_in(region.mapped, offset - region_offset(index), length)
+
+
+def view(device: Device, offset: int, length: int) -> memoryview:
+    """Return such memory, of a device that nobody else has mapped: its own, where it stays."""
+    if length <= 0 or not may_map(device, offset, length, shared=True):
+        raise OSError(errno.EINVAL, "these are not pages that may be mapped")
+    index = offset - (OFFSET_TAG << 56) >> INDEX_SHIFT
     at = offset - region_offset(index)
-    # As many pages as are touched; ranges that lie side by side are one to a program.
-    pieces = cut(at, -(-length // PAGE) * PAGE, region.mapped)
+    return memoryview(device.regions[index].memory(device))[at : at + length]
+
+
+def pages_lie_in(ranges: tuple[tuple[int, int], ...], at: int, length: int) -> bool:
+    """Tell whether every page that is touched lies in ``ranges``, which may be side by side."""
+    pieces = cut(at, -(-length // PAGE) * PAGE, ranges)
     return all(number is not None for _, _, number in pieces)
 
 

@@ -187,6 +187,11 @@ class VfioDeviceFile:
         if not placed or not regions.may_map(self.device.device, offset, length, shared=shared):
             raise OSError(errno.EINVAL, "these are not pages that may be mapped")
 
+    def view(self, offset: int, length: int) -> memoryview:
+        """Return memory that a program of this very process maps: EINVAL unless it may."""
+        self._require_access()
+        return regions.view(self.device.device, offset, length)
+
     def _require_access(self) -> None:
         if not self.in_use:
             raise OSError(errno.EINVAL, "the device has not been bound to an iommufd")

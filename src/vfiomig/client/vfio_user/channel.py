@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
+from vfiomig.descriptors import Fd
 from vfiomig.errors import RequestError, WireError
 from vfiomig.wire import Reply, Request, command_name, rest
 
@@ -49,11 +50,14 @@ INTERRUPTED = 1000
 class Call:
     """A request that was sent, and its reply when it has come."""
 
-    __slots__ = ("abandoned", "command", "deadline", "into", "msg_id", "reply")
+    __slots__ = ("abandoned", "command", "deadline", "fds_to", "into", "msg_id", "reply")
 
-    def __init__(self, command: int, into: memoryview | None, deadline: float) -> None:
+    def __init__(
+        self, command: int, into: memoryview | None, fds_to: list[Fd] | None, deadline: float
+    ) -> None:
         self.command = command
         self.into = into
+        self.fds_to = fds_to
         self.deadline = deadline
         self.msg_id = -1
         self.reply: Reply | None = None
@@ -126,13 +130,16 @@ class Channel:
         *data: Buffer,
         fds: Sequence[int] = (),
         into: memoryview | None = None,
+        fds_to: list[Fd] | None = None,
     ) -> Call:
         """Send a request. Data of its reply go ``into`` a buffer; what does not fit is dropped.
+
+        Descriptors of its reply go to ``fds_to``, if that is given, for the caller to close.
 
         Raises:
             RequestError: the connection was given up.
         """
-        call = Call(command, into, time.monotonic() + self.timeout)
+        call = Call(command, into, fds_to, time.monotonic() + self.timeout)
         with self._sending:
             self._require_open()
             outgoing = self.connection.request(command, head, *data, fds=fds)
@@ -263,12 +270,23 @@ class Channel:
     def _hand_out(self) -> None:
         """Take every message that is there."""
         while self._filling is None and (message := self.connection.next()) is not None:
-            for fd in message.fds:
-                os.close(fd)  # a region's memory, which nobody here maps
+            self._take_fds(message)
             if isinstance(message, Request):
                 self._take_request(message)
             else:
                 self._take_reply(message)
+
+    def _take_fds(self, message: Request | Reply) -> None:
+        """Give descriptors to who waits for some; close those that nobody wants."""
+        if not message.fds:
+            return
+        call = self._calls.get(message.msg_id) if isinstance(message, Reply) else None
+        with self._changed:  # its owner does not go meanwhile
+            if call is not None and call.fds_to is not None and not call.abandoned:
+                call.fds_to += map(Fd, message.fds)
+                return
+        for fd in message.fds:
+            os.close(fd)
 
     def _take_request(self, request: Request) -> None:
         # The data of a request are answered as a whole, once they are all here.

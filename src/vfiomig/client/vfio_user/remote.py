@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio, vfio_user
+from vfiomig.client.regions import map_file
 from vfiomig.client.requests import GET, SET
 from vfiomig.client.vfio_user.channel import done
 from vfiomig.client.vfio_user.sessions import DataFd, Sessions
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vfiomig.client.vfio_user.channel import Call, Channel
+    from vfiomig.descriptors import Fd
     from vfiomig.wire import Limits, Reply
     from vfiomig.wire.replies import RegionReply
 
@@ -71,14 +73,31 @@ class Remote:
         asked = vfio_user.DeviceInfo(argsz=vfio_user.DeviceInfo.SIZE)
         return self.channel.call(parse, vfio_user.VFIO_USER_DEVICE_GET_INFO, bytes(asked))
 
-    def region(self, index: int) -> RegionReply:
-        """Ask about a region, a second time if more is to be said about it than at first."""
-        found = self._region(index, vfio.RegionInfo.SIZE)
+    def region(self, index: int, fds: list[Fd] | None = None) -> RegionReply:
+        """Ask about a region, a second time if more is to be said about it than at first.
+
+        Descriptors that come along go to ``fds``, if that is given.
+        """
+        found = self._region(index, vfio.RegionInfo.SIZE, fds)
         if found.info.argsz > vfio.RegionInfo.SIZE:
-            found = self._region(index, min(found.info.argsz, REGION_INFO_LIMIT))
+            found = self._region(index, min(found.info.argsz, REGION_INFO_LIMIT), fds)
         return found
 
-    def _region(self, index: int, room: int) -> RegionReply:
+    def map_region(self, index: int, at: int, length: int, *, writable: bool) -> memoryview:
+        """Map part of a region, by the descriptor that comes with what is said about it."""
+        fds: list[Fd] = []
+        try:
+            with self.only_while_it_runs("regions are mapped"):
+                found = self.region(index, fds)
+            if not fds:
+                raise OSError(errno.EINVAL, "the server passes no descriptor of it")
+            place = found.info.offset + at
+            return map_file(fds[-1].fileno(), place, length, writable=writable)
+        finally:
+            for fd in fds:
+                fd.close()
+
+    def _region(self, index: int, room: int, fds: list[Fd] | None) -> RegionReply:
         def parse(reply: Reply) -> RegionReply:
             found = replies.region_info_untrusted(reply)
             if found.info.index != index:
@@ -91,8 +110,9 @@ class Remote:
                 raise WireError(errno.EPROTO, f"region {index} has {found.info.size} bytes")
             return found
 
-        asked = vfio.RegionInfo(argsz=room, index=index)
-        return self.channel.call(parse, vfio_user.VFIO_USER_DEVICE_GET_REGION_INFO, bytes(asked))
+        asked = bytes(vfio.RegionInfo(argsz=room, index=index))
+        command = vfio_user.VFIO_USER_DEVICE_GET_REGION_INFO
+        return self.channel.finish(self.channel.send(command, asked, fds_to=fds), parse)
 
     def irq(self, index: int) -> vfio.IrqInfo:
         asked = vfio.IrqInfo(argsz=vfio.IrqInfo.SIZE, index=index)

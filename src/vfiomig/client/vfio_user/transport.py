@@ -25,6 +25,7 @@ from vfiomig.client.vfio_user.features import WITHOUT_IT, Features
 from vfiomig.client.vfio_user.interrupts import set_irqs
 from vfiomig.client.vfio_user.memory import SharedMemory
 from vfiomig.client.vfio_user.sessions import DataFd
+from vfiomig.core.regions import PAGE, pages_lie_in
 from vfiomig.errors import RequestError
 from vfiomig.fsm import SessionKind
 
@@ -161,6 +162,14 @@ class VfioUserTransport:
         view = memoryview(data)[: region.size - at]
         self._remote.write_region(index, at, view)
         return len(view)
+
+    def map(self, offset: int, length: int, *, writable: bool) -> memoryview:
+        index, at, region = self._region_at(offset)
+        mappable = region.flags & vfio.VFIO_REGION_INFO_FLAG_MMAP
+        areas = [(0, region.size)] if region.areas is None else sorted(region.areas)
+        if not mappable or length <= 0 or at % PAGE or not pages_lie_in(tuple(areas), at, length):
+            raise OSError(errno.EINVAL, "these are not pages that may be mapped")
+        return self._remote.map_region(index, at, length, writable=writable)
 
     def _region_at(self, offset: int) -> tuple[int, int, Region]:
         self.numbers.find(self.device)
