@@ -26,6 +26,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             help=f"{what}: {patterns}",
         )  # fmt: skip
     group.addoption(
+        "--vfiomig-deadline", metavar="SECONDS", type=float, help="seconds that each check may take"
+    )
+    group.addoption(
+        "--vfiomig-state-limit",
+        metavar="SIZE",
+        help="largest state that is kept to be loaded again; K, M, G are powers of 1024",
+    )
+    group.addoption(
         "--vfiomig-dangerous",
         action="store_true",
         help="run what is known to hang or crash some kernels, too",

@@ -111,6 +111,7 @@ def test_a_target_that_is_not_there_fails_every_check_with_the_reason(tmp_path: 
     ("arguments", "sentence"),
     [
         (("--vfiomig-only", "nothing"), "no check is called 'nothing'"),
+        (("--vfiomig-state-limit", "much"), "'much' is no whole number"),
         (("-n", "2"), "one process has the target; leave -n out"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -76,3 +77,55 @@ def test_without_its_extra_the_command_line_asks_for_it(wheel: Path, tmp_path: P
         "vfiomig: the command line needs cyclopts, which is not installed: "
         "pip install 'vfiomig[cli]', or make setup in a checkout\n"
     )
+
+
+#: A project of somebody else's: a device, and a test of it.
+PROJECT = {
+    "knob.py": """
+import vfiomig
+
+class Knob(vfiomig.Device):
+    bar0 = vfiomig.Region(size=64)
+
+    def save(self):
+        return [bytes(self.bar0)]
+
+    def load(self, state):
+        if state.readinto(self.bar0) < 64 or state.read(1):
+            raise vfiomig.StateRejected("a knob has 64 bytes")
+""",
+    "test_knob.py": """
+from knob import Knob
+from vfiomig.testing import check_device, device_maker
+
+def test_a_knob_keeps_the_protocol():
+    report = check_device(device_maker(Knob()))
+    assert report.summary["pass"] > 100
+""",
+}
+
+
+def test_a_project_of_its_own_checks_its_device_with_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """pytest finds the plugin by itself, and needs nothing that the wheel does not have."""
+    site, project = tmp_path / "site", tmp_path / "project"
+    project.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    for name, text in PROJECT.items():
+        (project / name).write_text(text)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"),
+            *("-v", "--vfiomig-target", "model:knob.py:Knob", "--vfiomig-only", "resuming"),
+            *("--vfiomig-deadline", "30", "--vfiomig-state-limit", "1M"),
+        ],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(site), "CI": "", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_knob.py::test_a_knob_keeps_the_protocol PASSED" in done.stdout
+    assert "vfiomig[model:knob.py:Knob]::resuming.cut-by-one-byte PASSED" in done.stdout

@@ -36,6 +36,8 @@ __all__ = (
 
 T = TypeVar("T")
 
+#: What a check is at before its first step.
+BEFORE = "bringing the device to RUNNING"
 #: Steps and comparisons beyond these are told by their number.
 MOST_STEPS = 40
 MOST_COMPARISONS = 16
@@ -178,7 +180,7 @@ class Evidence:
 
     @property
     def last_step(self) -> str:
-        return self._steps[-1] if self._steps else "its first step"
+        return self._steps[-1] if self._steps else BEFORE
 
     @property
     def did(self) -> str:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from vfiomig.checks import Suite, Verdict, choose
+from vfiomig.checks import DEADLINE, Suite, Verdict, choose
+from vfiomig.checks.stream import STATE_LIMIT
 from vfiomig.client import target_maker
 from vfiomig.errors import SpecError, VfioMigError
+from vfiomig.models import parse_size
 from vfiomig.testing import evidence_of
 
 if TYPE_CHECKING:
@@ -36,9 +38,12 @@ class Checks:
             raise pytest.UsageError("--vfiomig-target: one process has the target; leave -n out")
         self.target: str = config.getoption("vfiomig_target")
         self._dangerous: bool = config.getoption("vfiomig_dangerous")
+        self._deadline: float = config.getoption("vfiomig_deadline") or DEADLINE
+        limit: str | None = config.getoption("vfiomig_state_limit")
         self._suite: Suite | None = None
         self._trouble = ""
         try:
+            self._state_limit = parse_size(limit) if limit else STATE_LIMIT
             self._checks = choose(
                 config.getoption("vfiomig_only"), config.getoption("vfiomig_skip")
             )
@@ -72,7 +77,11 @@ class Checks:
                 raise CheckFailed(self._trouble)
             try:
                 self._suite = Suite(
-                    target_maker(self.target), self.target, dangerous=self._dangerous
+                    target_maker(self.target),
+                    self.target,
+                    dangerous=self._dangerous,
+                    deadline=self._deadline,
+                    state_limit=self._state_limit,
                 )
             except VfioMigError as problem:
                 self._trouble = str(problem)
