@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from devices.drilled import Drilled
+from vfiomig import DeviceError
 from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.client.connecting import connect
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from vfiomig import DeviceClient, State
+    from vfiomig import DeviceClient, State, StateReader
     from vfiomig.abi.uapi import UapiStruct
 
 __all__ = ("MUTANTS", "Bench", "Mutant")
@@ -318,6 +319,18 @@ def waits_at_the_end(event: threading.Event) -> Call:
         return count
 
     return read
+
+
+def spoiled(when: list[int]) -> type[Drilled]:
+    """A device that loads nothing while there is something in ``when``."""
+
+    class Spoiled(Drilled):
+        def load(self, state: StateReader) -> None:
+            if when:
+                raise DeviceError(errno.EIO)
+            super().load(state)
+
+    return Spoiled
 
 
 v6_mutant = partial(mutant, dialect=Dialect.V6)

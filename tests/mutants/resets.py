@@ -16,16 +16,16 @@ from mutants.bench import (
     look,
     mutant,
     outcome,
+    spoiled,
     waits_at_the_end,
 )
-from vfiomig import DeviceError, State
+from vfiomig import State
 from vfiomig.core.migration import Migration, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mutants.bench import Bench, Call, SetState
-    from vfiomig import StateReader
     from vfiomig.abi.uapi import UapiStruct
 
 
@@ -116,21 +116,15 @@ def only_a_device_that_does_not_run_can_be_reset(bench: Bench) -> None:
 
 @mutant("RESET-2", "reset.after-a-reset-a-whole-session-works")
 def a_reset_in_a_session_spoils_the_next_load(bench: Bench) -> None:
-    spoiled: list[int] = []
+    sessions: list[int] = []
     original = Migration.reset
 
     def reset(mine: Migration) -> int:
-        spoiled[:] = [1] * (mine._state is State.STOP_COPY)
+        sessions[:] = [1] * (mine._state is State.STOP_COPY)
         return original(mine)
 
-    class Spoiled(Drilled):
-        def load(self, state: StateReader) -> None:
-            if spoiled:
-                raise DeviceError(errno.EIO)
-            super().load(state)
-
     bench.patch(Migration, "reset", reset)
-    bench.device = Spoiled
+    bench.device = spoiled(sessions)
 
 
 @mutant("RESET-5", "reset.a-reset-may-meet-a-reset")

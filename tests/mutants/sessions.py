@@ -16,9 +16,10 @@ from mutants.bench import (
     look,
     mutant,
     outcome,
+    spoiled,
     waits_at_the_end,
 )
-from vfiomig import DeviceError, State, StateRejected
+from vfiomig import State, StateRejected
 from vfiomig.core.migration import Migration, Outcome
 from vfiomig.core.saving import SavingMigf
 from vfiomig.fsm import PRE_COPY_GROUP
@@ -323,21 +324,15 @@ for _state, _others in (
 
 @mutant("CLOSE-1", "reopen.after-a-reopen-a-whole-session-works")
 def a_close_in_a_session_spoils_the_next_load(bench: Bench) -> None:
-    spoiled: list[int] = []
+    sessions: list[int] = []
     original = Migration.last_close
 
     def last_close(mine: Migration) -> None:
-        spoiled[:] = [1] * (mine._migf is not None and mine._migf.kind is SAVING)
+        sessions[:] = [1] * (mine._migf is not None and mine._migf.kind is SAVING)
         original(mine)
 
-    class Spoiled(Drilled):
-        def load(self, state: StateReader) -> None:
-            if spoiled:
-                raise DeviceError(errno.EIO)
-            super().load(state)
-
     bench.patch(Migration, "last_close", last_close)
-    bench.device = Spoiled
+    bench.device = spoiled(sessions)
 
 
 # Two threads.

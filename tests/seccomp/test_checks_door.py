@@ -83,6 +83,38 @@ def test_a_descriptor_that_is_not_as_it_has_to_be_is_found(
         assert (good, bad in {"fail", "deviates"}) == ("pass", True), (name, bad, saw)
 
 
+#: Comes back from STOP_COPY when whoever waits for that has long given up.
+HANGING = """
+import time
+from vfiomig import Device, State
+
+class Hanging(Device):
+    def save(self):
+        return [b"state"]
+    def load(self, state):
+        state.read(6)
+    def step(self, origin, target):
+        if target is State.STOP_COPY:
+            time.sleep(4)
+"""
+
+
+def test_a_check_that_hangs_without_a_descriptor_leaves_some_for_the_report(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, page = tmp_path / "hanging.py", tmp_path / "page.html"
+    file.write_text(HANGING)
+    device = VfioDevice(make(f"{file}:Hanging"), "vfio0", LANDED)
+    words = ["-m", "vfiomig", "check", WAYS["cdev"], "--deadline=0.5", f"--html={page}", "--json"]
+    check = "exhaustion.no-descriptor-for-stop-copy"
+    code = run([device], [sys.executable, *words, f"--only={check}"], env=ENVIRONMENT)
+    output = capfd.readouterr()
+    assert code == 1, output.err
+    (found,) = json.loads(output.out)["checks"]
+    assert found["saw"] == "still under way after 0.5 s: SET STOP_COPY"
+    assert check in page.read_text()
+
+
 def test_every_check_that_needs_a_descriptor_has_its_fault() -> None:
     need = {row.id for row in CHECKS if Shows.DESCRIPTORS in row.shows}
     assert need == {fault.check for fault in FAULTS.values()} | {

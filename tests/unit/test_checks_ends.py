@@ -202,6 +202,29 @@ class Stuck(Drilled):
             assert self.go_on.wait(30)
 
 
+def test_a_device_that_hangs_fails_the_check_and_holds_nobody_up() -> None:
+    device = Stuck()
+    names = ("states.stop-to-stop-copy", "states.running-to-stop")
+    report = run(device_maker(device), *names, deadline=1.5)
+    device.go_on.set()
+    hung, later = sorted(report.results, key=lambda result: result.verdict)
+    assert hung.check.id == "states.stop-to-stop-copy"
+    assert hung.verdict is Verdict.FAIL
+    assert hung.expected == "an end in time"
+    assert hung.saw == "still under way after 1.5 s: SET STOP_COPY"
+    assert later.verdict is Verdict.NOT_RUN
+    assert "an earlier check has lost the device" in later.saw
+    join_checks()
+
+
+def join_checks() -> None:
+    """Wait for checks that were left to themselves."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("vfiomig-check"):
+            thread.join(10)
+            assert not thread.is_alive()
+
+
 def test_a_check_that_hangs_makes_no_request_when_it_wakes() -> None:
     device = Stuck()
     with Suite(device_maker(device), deadline=0.5) as suite:
@@ -209,10 +232,7 @@ def test_a_check_that_hangs_makes_no_request_when_it_wakes() -> None:
         hung = suite.run_check(choose(["states.stop-copy-to-stop"])[0])
         assert hung.saw == "still under way after 0.5 s: SET STOP_COPY"
         device.go_on.set()
-        for thread in threading.enumerate():
-            if thread.name.startswith("vfiomig-check"):
-                thread.join(10)
-                assert not thread.is_alive()
+        join_checks()
         assert raw.barred
         assert suite.run_check(choose(["states.stop-copy-to-stop"])[0]).verdict is Verdict.PASS
 

@@ -150,36 +150,6 @@ def test_the_matrix_of_a_good_device_is_that_of_the_arcs() -> None:
 # Devices that are anything but good.
 
 
-class Hangs(Drilled):
-    """Its first arc to STOP_COPY ends when the test lets it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.go_on = threading.Event()
-
-    def step(self, origin: State, target: State) -> None:
-        super().step(origin, target)
-        if target is State.STOP_COPY:
-            assert self.go_on.wait(30)
-
-
-def test_a_device_that_hangs_fails_the_check_and_holds_nobody_up() -> None:
-    device = Hangs()
-    names = ("states.stop-to-stop-copy", "states.running-to-stop")
-    report = run(device_maker(device), *names, deadline=1.5)
-    device.go_on.set()
-    hung, later = sorted(report.results, key=lambda result: result.verdict)
-    assert hung.check.id == "states.stop-to-stop-copy"
-    assert hung.verdict is Verdict.FAIL
-    assert hung.expected == "an end in time"
-    assert hung.saw == "still under way after 1.5 s: SET STOP_COPY"
-    assert later.verdict is Verdict.NOT_RUN
-    assert "an earlier check has lost the device" in later.saw
-    for thread in threading.enumerate():
-        if thread.name.startswith("vfiomig-check"):
-            thread.join(5)
-
-
 def test_a_device_that_cannot_be_opened_again_fails_once_and_is_lost_for_the_rest() -> None:
     maker = device_maker(Drilled())
     opened: list[DeviceClient] = []

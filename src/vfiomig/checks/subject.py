@@ -25,7 +25,6 @@ from vfiomig.checks.evidence import (
     Evidence,
     Gone,
     Inapplicable,
-    Stuck,
     Unrun,
     errno_text,
     state_text,
@@ -435,26 +434,8 @@ class Subject:
     # The two ends of a check.
 
     def begin(self) -> None:
-        """Bring the device to RUNNING, as new.
-
-        Raises:
-            Stuck: neither a reset, nor a request, nor a close and an open do that.
-        """
-        answer = self.raw.reset()
-        if self.target.is_running():
-            return
-        asked = self.raw.set_state(State.RUNNING).errno
-        if self.target.is_running():
-            return
-        self.target.reopen()
-        if not self.target.is_running():
-            told = self.raw.get_state()
-            where = f"tells {errno_text(told.errno)}" if told.errno else ""
-            raise Stuck(
-                f"the device {where or f'is in {state_text(told.device_state)}'}, and nothing "
-                f"brings it to RUNNING: RESET answers {errno_text(answer)}, SET RUNNING "
-                f"{errno_text(asked)}, and closing and opening it changes nothing"
-            )
+        """Bring the device to RUNNING, as new; ``Stuck`` if nothing does that."""
+        self.target.bring_to_running()
 
     def end(self) -> None:
         """Close what is open, and leave the device in RUNNING if that can be done."""

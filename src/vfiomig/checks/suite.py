@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import resource
 import time
 from collections import Counter
 from contextlib import suppress
@@ -109,6 +110,7 @@ class Suite:
         self._deadline = deadline
         self._state_limit = state_limit
         self._target = Target(maker, deadline)
+        self._descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
         #: Why no check can run any more.
         self.lost = ""
         #: Whether the user has interrupted a check.
@@ -222,6 +224,7 @@ class Suite:
         """Close the device beside a check that may still use it, and judge that one."""
         step = subject.evidence.last_step
         subject.given_up = True
+        resource.setrlimit(resource.RLIMIT_NOFILE, self._descriptors)  # it may hang without any
         self._target.abandon()
         if isinstance(end, Hung):
             return Verdict.FAIL, END_IN_TIME, f"still under way after {self._deadline:g} s: {step}"

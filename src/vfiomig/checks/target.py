@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, TypeVar
 
-from vfiomig.checks.evidence import Unrun
+from vfiomig.checks.evidence import Stuck, Unrun, errno_text, state_text
 from vfiomig.checks.facts import look, numbers_in_use
 from vfiomig.checks.raw import Raw
 from vfiomig.errors import RequestError
@@ -126,23 +126,45 @@ class Target:
         except Hung:
             raise Unrun(f"opening it again takes more than {self._patience:g} s") from None
 
+    def bring_to_running(self) -> None:
+        """Bring the device to RUNNING, as new.
+
+        Raises:
+            Stuck: neither a reset, nor a request, nor a close and an open do that.
+            Unrun: it cannot be opened again.
+        """
+        answer = self.raw.reset()
+        if self.is_running():
+            return
+        asked = self.raw.set_state(State.RUNNING).errno
+        if self.is_running():
+            return
+        self.reopen()
+        if self.is_running():
+            return
+        told = self.raw.get_state()
+        where = (
+            "does not tell its state" if told.errno else f"is in {state_text(told.device_state)}"
+        )
+        raise Stuck(
+            f"the device {where}, and nothing brings it to RUNNING: RESET answers "
+            f"{errno_text(answer)}, SET RUNNING {errno_text(asked)}, and closing and opening it "
+            "changes nothing"
+        )
+
     def is_running(self) -> bool:
         """Tell whether the device says that it is in RUNNING."""
         told = self.raw.get_state()
         return not told.errno and told.device_state == State.RUNNING
 
     def leave_running(self) -> bool:
-        """Bring the device to RUNNING by what there is; tell whether that was possible."""
-        ways: tuple[Callable[[], object], ...] = (
-            lambda: None,
-            self.raw.reset,
-            lambda: self.raw.set_state(State.RUNNING),
-        )
-        for way in ways:
-            way()
-            if self.is_running():
-                return True
-        return False
+        """See that the device is in RUNNING; tell whether that was possible."""
+        if self.is_running():
+            return True
+        self.raw.reset()
+        if not self.is_running():
+            self.raw.set_state(State.RUNNING)
+        return self.is_running()
 
     def abandon(self) -> None:
         """Close what is open beside a check that hangs, which makes no request from here on."""
