@@ -1,4 +1,4 @@
-"""The fenced blocks of the README, and what of their output is the same for everybody."""
+"""The fenced blocks of the README and its like, and what of their output everybody gets."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Block:
     output: str = ""
 
 
-def blocks() -> list[Block]:
+def blocks(page: str = TEXT) -> list[Block]:
     found: list[Block] = []
     end = 0
-    for match in FENCE.finditer(TEXT):
+    for match in FENCE.finditer(page):
         language, content = match.groups()
-        between = TEXT[end : match.start()]
+        between = page[end : match.start()]
         shows_output = language == "text" and found and not between.strip()
         if shows_output and found[-1].language != "text":
             found[-1] = Block(found[-1].language, found[-1].content, found[-1].line, content)
         else:
-            found.append(Block(language, content, TEXT[: match.start()].count("\n") + 2))
+            found.append(Block(language, content, page[: match.start()].count("\n") + 2))
         end = match.end()
     return found
 

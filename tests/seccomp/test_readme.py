@@ -1,4 +1,4 @@
-"""The README does what it says: its commands run, in its order, and print what it shows.
+"""The README and docs/devices.md do what they say: commands run and print what is shown.
 
 Theory of operation
 -------------------
@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from readme_blocks import FENCE, TEXT, Block, blocks, same_for_everybody
+from vfiomig.models import page
 
 ROOT = Path(__file__).parents[2]
 LINKED = ("Makefile", "pyproject.toml", "requirements", "tools", "src", "examples", "docs")
@@ -32,6 +33,7 @@ print("found it")
 
 
 COMMANDS = [block for block in blocks() if block.language in {"sh", "python"}]
+DEVICES = (ROOT / "docs/devices.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,24 @@ def test_a_block_runs_and_prints_what_is_shown(block: Block, checkout: Path) -> 
     assert done.stdout.count("found it") == block.content.count("./your-program")
 
 
+@pytest.mark.timeout(180)
+def test_the_page_about_devices_does_what_it_says(checkout: Path, tmp_path: Path) -> None:
+    for entry in checkout.iterdir():
+        if entry.is_symlink() or entry.name == ".venv":
+            (tmp_path / entry.name).symlink_to(entry)
+    commands = [block for block in blocks(DEVICES) if block.language in {"sh", "python"}]
+    assert len(commands) >= 6
+    for block in commands:  # one after the other: they use what earlier ones have left
+        done = run(block, tmp_path)
+        line = f"line {block.line}"
+        assert (line, done.returncode, done.stderr) == (line, 0, ""), done.stdout
+        assert (line, same_for_everybody(done.stdout)) == (line, same_for_everybody(block.output))
+
+
+def test_the_tables_of_devices_are_what_the_verb_lists() -> None:
+    assert f"\n{page.tables()}\n" in DEVICES, "run make docs"
+
+
 LIMITS = """
 import ctypes, errno, os, stat
 import vfiomig
@@ -149,8 +169,9 @@ def test_the_first_screen_has_both_commands_and_the_picture() -> None:
     assert "◄───────►" in screen
 
 
-def test_lines_are_sentences() -> None:
-    prose = FENCE.sub("", TEXT)
+@pytest.mark.parametrize("text", [TEXT, DEVICES], ids=["README", "devices"])
+def test_lines_are_sentences(text: str) -> None:
+    prose = FENCE.sub("", text)
     for line in prose.splitlines():
         if line.startswith(("#", "|")):
             continue

@@ -49,7 +49,7 @@ class Pattern(Device):
       caps     capability set: stop-copy+p2p+pre-copy, some of them, all, or none (all)
       dirty    bytes of its memory rewritten per second while it runs, K, M, G allowed (0)
       precopy  share of the state that is offered before STOP_COPY, 0 to 1 (1)
-      poll     none: the data_fd does not answer poll()
+      poll     none: the data_fd does not answer poll(), as with most drivers (it does)
     """
 
     bar0 = Region(size=BAR0_SIZE)

@@ -76,8 +76,8 @@ class VirtioBlk(VirtioPci):
     """A virtio 1.x block device for the stock driver of a guest, over memory or a file.
 
     Keys:
-      size      bytes of memory, K, M, G allowed (64M); its content is part of the state
-      path      a file or block device instead; not part of the state, both sides open it
+      size      bytes of memory, K, M, G allowed, that are part of the state (64M)
+      path      a file or block device instead, not part of the state: both sides open it (none)
       readonly  yes: writes fail (no)
       serial    what the guest reads as its serial number, up to 20 characters (vfiomig)
       caps      capability set: stop-copy+p2p+pre-copy, some of them, all, or none (all)
