@@ -25,6 +25,8 @@ from vfiomig.doors.syscall.standin import StandIn
 from vfiomig.doors.syscall.transfer import MAX_RW_COUNT, buffers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vfiomig.core.iommufd import Iommufd
     from vfiomig.doors.syscall.notify import Listener, Notification
 
@@ -99,6 +101,25 @@ def test_where_device_nodes_cannot_be_made_a_listing_has_plain_files(
     assert stand_in.name_of("/etc") == "/etc"
     stand_in.close()
     assert not os.path.lexists(link)
+
+
+def test_a_directory_that_cannot_be_filled_is_removed_and_tried_again(tmp_path: Path) -> None:
+    failures = [OSError(errno.ENOSPC, "")]
+
+    def fill(root: Path) -> None:
+        (root / "there").touch()
+        if failures:
+            raise failures.pop()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path))
+        stand_in = StandIn(fill)
+        with pytest.raises(OSError, match="28"):
+            stand_in.path("/there")
+        assert list(tmp_path.iterdir()) == []
+        assert os.path.exists(stand_in.path("/there"))
+        stand_in.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_descriptors_that_may_not_be_looked_at_are_reported(
