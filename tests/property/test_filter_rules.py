@@ -71,7 +71,7 @@ def stops(name: str, args: tuple[int, ...], *, fast: bool) -> bool:
     if name in PLAIN.split():
         return not fast or low[0] >= FIRST
     if name in POSITIONAL.split():
-        return not fast or low[0] >= FIRST or args[3] >> 56 == TAG
+        return not fast or low[0] >= FIRST or args[3] >> 56 == TAG or args[3] >> 40 == 7
     if name in TWO_FDS:
         return not fast or low[0] >= FIRST or low[TWO_FDS[name]] >= FIRST
     return False
@@ -89,6 +89,7 @@ arguments = st.one_of(
     st.sampled_from([0x3B64, 0x3BFF, 0x3A00, 0x3C00, 0xC0003B80, 0x541B, 0x4018AEE1, 0xFF00003B71]),
     st.integers(0, (1 << 56) - 1).map(lambda low: TAG << 56 | low),
     st.integers(0, 255).map(lambda top: top << 56),
+    st.sampled_from([(7 << 40) - 1, 7 << 40, (7 << 40) + 0x34, (8 << 40) - 1, 8 << 40]),
 )
 
 

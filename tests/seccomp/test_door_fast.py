@@ -123,6 +123,12 @@ def test_regions_and_positions_work_by_their_offset(tmp_path: Path) -> None:
             IS(pwrite(device, "region", 7, BAR0 + 8), 7);
             IS(pread(device, bytes, 7, BAR0 + 8), 7);
             CHECK(!strcmp(bytes, "region"));
+            /* Whoever does not ask where configuration space is goes where vfio-pci has it. */
+            uint16_t vendor, asked;
+            IS(pread(device, &vendor, 2, 7ull << 40), 2);
+            IS(pread(device, &asked, 2, BAR0 + (7ull << 40)), 2);
+            IS(vendor, asked);
+            IS(pwrite(device, "\7", 1, (7ull << 40) + 4), 1);
             FAILS(pread(fd, bytes, 1, 0), ESPIPE);
             FAILS(lseek(fd, 0, SEEK_SET), ESPIPE);
             CHECK(mmap(0, 4096, PROT_READ, MAP_SHARED, device, BAR0) == MAP_FAILED);

@@ -10,7 +10,8 @@ the question to the supervisor, which knows after dup, fork and hand-over as wel
 
 ``fast`` leaves the program's own reads and writes alone. Data descriptors have numbers from
 ``first_data_fd`` on, device regions have offsets whose top byte is ``offset_tag``, and nothing
-else of the read and write family stops. A copy of a data descriptor at a low number is not seen.
+else of the read and write family stops but accesses to where vfio-pci has configuration space:
+programs that ask for no offset go there, and files of so many TiB are few. A copy of a data descriptor at a low number is not seen.
 
 In both, requests of type ``;`` (VFIO and iommufd), the paths, and the two foreign requests that
 are made on descriptors of ours stop. io_uring would read and write past the filter and does not
@@ -39,6 +40,7 @@ from vfiomig.abi.seccomp import (
     X32_SYSCALL_BIT,
 )
 from vfiomig.abi.syscalls import X86_64
+from vfiomig.abi.vfio import VFIO_PCI_CONFIG_REGION_INDEX
 from vfiomig.doors.syscall.bpf import ARCH, NUMBER, Assembler, high_word, low_word
 
 __all__ = ("exact_filter", "fast_filter")
@@ -87,6 +89,10 @@ _MAPS_A_FILE = (
 )
 
 
+#: The fourth argument is an offset in the region of vfio-pci's configuration space, 7 << 40.
+_IN_CONFIGURATION = _Test(high_word(3), VFIO_PCI_CONFIG_REGION_INDEX << 8, mask=0xFFFF_FF00)
+
+
 def _table(first_data_fd: int, offset_tag: int) -> tuple[_Row, ...]:
     def data_fd(*arguments: int) -> _When:
         return tuple(
@@ -103,7 +109,7 @@ def _table(first_data_fd: int, offset_tag: int) -> tuple[_Row, ...]:
         _Row(
             # x86-64 passes the whole offset in its first half and ignores the second.
             "pread64 pwrite64 preadv pwritev preadv2 pwritev2",
-            fast=((tagged(3),), *data_fd(0)),
+            fast=((tagged(3),), (_IN_CONFIGURATION,), *data_fd(0)),
         ),
         _Row(
             "mmap",
