@@ -20,6 +20,7 @@ from mutants.bench import (
     readable,
     served_as,
 )
+from vfiomig import State
 from vfiomig.abi import vfio
 from vfiomig.core import dma_logging
 from vfiomig.core.migration import Migration
@@ -335,3 +336,16 @@ def start_wants_a_power_of_two(bench: Bench) -> None:
         return call(on, number, argument)
 
     bench.ioctl(tamper)
+
+
+@mutant("LOG-2", "dma.states-do-not-matter-to-the-log")
+def leaving_stop_copy_stops_the_log(bench: Bench) -> None:
+    """As one driver does it."""
+
+    class Leaving(Drilled):
+        def step(self, origin: State, target: State) -> None:
+            super().step(origin, target)
+            if (origin, target) == (State.STOP_COPY, State.STOP):
+                bench.served.stop_dirty_log()
+
+    bench.device = Leaving

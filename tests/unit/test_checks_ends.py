@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -357,6 +358,19 @@ def test_a_device_that_is_lost_fails_a_test_that_checks_it() -> None:
 
     with pytest.raises(AssertionError, match="was lost: the device is in STOP"):
         check_device(make, only=["size"], hear=hear)
+
+
+class Lazy(Drilled):
+    """Takes its time for a reset, as hardware does."""
+
+    def reset(self) -> None:
+        super().reset()
+        time.sleep(0.1)
+
+
+def test_a_race_is_tried_less_often_on_a_device_that_takes_its_time() -> None:
+    report = run(device_maker(Lazy()), "reset.a-reset-may-meet-*", deadline=2.0)
+    assert len(of(report, Verdict.PASS)) == 2, of(report, Verdict.FAIL)
 
 
 class Careless(Drilled):

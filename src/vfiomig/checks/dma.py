@@ -359,12 +359,17 @@ def bits_are_only_set(subject: Subject) -> None:
 @CHAPTER.check("LOG-2", section=REPORT_HEADER, without_migration=False)
 def states_do_not_matter_to_the_log(subject: Subject) -> None:
     """Logging goes on through changes of state: a REPORT works in every one."""
+    last = (State.STOP_COPY, State.RESUMING)
     with logging(subject):
-        for state in (*(s for s in subject.states if s is not State.RESUMING), State.STOP):
+        for state in (*(s for s in subject.states if s not in last), State.STOP_COPY):
             subject.go(State.RUNNING)
             subject.go(state)
             what = f"REPORT in {state.name}"
             subject.evidence.expect_errno(what, report(subject), 0, known=STUB)
+        subject.go(State.STOP)
+        known = {**STUB, errno.EINVAL: "FAULT-32"}
+        what = "REPORT in STOP after STOP_COPY"
+        subject.evidence.expect_errno(what, report(subject), 0, known=known)
 
 
 @CHAPTER.check("LOG-2", "ERROR-7", section="VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP")

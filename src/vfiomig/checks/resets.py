@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vfiomig.checks.check import Chapter
+from vfiomig.checks.dangers import STALE_WRITE
 from vfiomig.checks.evidence import Inapplicable, errno_text, state_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.sessions import READER
@@ -25,9 +26,6 @@ CHAPTER = Chapter(
     "VFIO_DEVICE_RESET: from every state to RUNNING, and what becomes of sessions.",
     {"section": "VFIO_DEVICE_RESET"},
 )
-
-#: How often a race is tried: each time may end in either order.
-ROUNDS = 12
 
 
 def reset(subject: Subject) -> None:
@@ -81,7 +79,7 @@ for _state in State:
     )
 
 
-@CHAPTER.check("RESET-2", "SESSION-4", shows=Shows.MEANING)
+@CHAPTER.check("RESET-2", "SESSION-4", danger=STALE_WRITE, shows=Shows.MEANING)
 def a_reset_ends_a_load(subject: Subject) -> None:
     """After a reset in RESUMING writes to its data_fd are ENODEV."""
     data_fd = subject.session(State.RESUMING)
@@ -130,7 +128,7 @@ def a_reset_may_meet_a_change_of_state(subject: Subject) -> None:
     The request may report success with a descriptor although the device is RUNNING and the
     descriptor dead; but nothing else is open, and the device goes on to work.
     """
-    for _ in range(ROUNDS):
+    for _ in subject.rounds():
         subject.begin()
         request = subject.beside(lambda: subject.request(State.STOP_COPY))
         reset(subject)
@@ -166,7 +164,7 @@ def a_reset_may_meet_a_reset(subject: Subject) -> None:
 
     One of them may be told that the device is locked for the other (EAGAIN).
     """
-    for _ in range(ROUNDS):
+    for _ in subject.rounds():
         subject.go(State.STOP)
         other = subject.beside(subject.raw.reset)
         first = subject.reset()

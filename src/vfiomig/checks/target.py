@@ -69,6 +69,8 @@ class Target:
         self.taken: frozenset[int] = frozenset()
         #: Why its state cannot be kept, once somebody has tried.
         self.too_long = ""
+        #: Whether somebody has tried in vain to bring it to ERROR.
+        self.keeps_out_of_error = False
         #: The device's own state, once somebody has saved it.
         self.saved: memoryview | None = None
 

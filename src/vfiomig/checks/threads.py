@@ -23,13 +23,11 @@ CHAPTER = Chapter(
     {"section": "enum vfio_device_mig_state"},
 )
 
-ROUNDS = 12
-
 
 @CHAPTER.check("FAIL-1", "STATE-10")
 def two_changes_of_state_happen_one_after_the_other(subject: Subject) -> None:
     """Requests for STOP and STOP_COPY at the same time both succeed, in one of the two orders."""
-    for _ in range(ROUNDS):
+    for _ in subject.rounds():
         subject.go(State.RUNNING)
         other = subject.beside(lambda: subject.request(State.STOP_COPY))
         reply = subject.request(State.STOP)
@@ -66,7 +64,7 @@ def a_query_sees_no_state_between(subject: Subject) -> None:
 
     watcher = subject.beside(watch)
     try:
-        for _ in range(ROUNDS):
+        for _ in subject.rounds():
             subject.go(State.STOP_COPY, State.RUNNING)
             subject.close_all()
     finally:
@@ -128,7 +126,7 @@ def a_reader_does_not_hold_up_requests(subject: Subject) -> None:
 @CHAPTER.check("SESSION-5")
 def a_session_can_be_closed_beside_a_change(subject: Subject) -> None:
     """A data_fd that is closed while its state is left does no harm."""
-    for _ in range(ROUNDS):
+    for _ in subject.rounds():
         data_fd = subject.session(State.STOP_COPY)
         other = subject.beside(lambda: subject.request(State.RUNNING))
         subject.close_fd(data_fd)
