@@ -102,9 +102,10 @@ def test_a_check_that_fails_is_a_test_that_fails_with_the_evidence(tmp_path: Pat
 
 
 def test_a_target_that_is_not_there_fails_every_check_with_the_reason(tmp_path: Path) -> None:
-    done = run_pytest(tmp_path, "--vfiomig-target", "model:none", "--vfiomig-only", "size")
+    target = f"vfio-user:{tmp_path}/none.sock"
+    done = run_pytest(tmp_path, "--vfiomig-target", target, "--vfiomig-only", "size")
     assert done.returncode == 1
-    assert done.stdout.count("no device is called 'none'") >= 4
+    assert done.stdout.count("there is no such socket") >= 4
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,18 @@ def test_options_that_mean_nothing_are_usage_errors(
     done = run_pytest(tmp_path, "--vfiomig-target", "model:counter", *arguments)
     assert done.returncode == 4
     assert sentence in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [("model:none", "no device is called 'none'"), ("nowhere", "unknown target 'nowhere'")],
+)
+def test_a_target_that_means_nothing_is_a_usage_error_told_once(
+    tmp_path: Path, target: str, sentence: str
+) -> None:
+    done = run_pytest(tmp_path, "--vfiomig-target", target)
+    assert done.returncode == 4
+    assert (done.stdout + done.stderr).count(sentence) == 1
 
 
 def test_without_a_target_the_plugin_imports_nothing_of_vfiomig(tmp_path: Path) -> None:

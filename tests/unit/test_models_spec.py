@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -153,6 +154,24 @@ def test_what_is_wrong_with_a_users_class_is_told(file: Path, rest: str, words: 
     said = problem(f"{file}{rest}")
     for word in words:
         assert word in said
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("memory = vfiomig.Region(size=4096)", "a region's name is one of bar0"),
+        ("bar0 = vfiomig.Region(size=1000)", "a power of two"),
+        ("save = list", "save() but no load()"),
+    ],
+)
+def test_a_mistake_that_vfiomig_finds_is_told_with_the_line_of_its_author(
+    line: str, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mistaken.py"
+    path.write_text(f"import vfiomig\n\nclass Mistaken(vfiomig.Device):\n    {line}\n")
+    said = problem(f"{path}:Mistaken")
+    assert says in said
+    assert re.search(rf"{path}, line [34]: ", said)
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

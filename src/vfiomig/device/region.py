@@ -164,9 +164,13 @@ class Region:
         read = getattr(device, self._reader)
         for at, size in bus_accesses(offset, length):
             piece = read(at, size)
+            if not isinstance(piece, bytes | bytearray | memoryview):
+                raise TypeError(
+                    f"the reader of {self.name} gives {type(piece).__name__}, and no bytes"
+                )
             if len(piece) != size:
                 raise ValueError(f"the reader of {self.name} gives {len(piece)} bytes for {size}")
-            yield piece
+            yield bytes(piece)
 
     def write(self, device: Device, offset: int, data: bytes) -> None:
         """Write ``data`` to a place inside the region."""

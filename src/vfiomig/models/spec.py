@@ -46,6 +46,7 @@ KNOWN: Final[Mapping[str, type[Device]]] = MappingProxyType(
     {"pattern": Pattern, "counter": Counter, "mtty": Mtty, "virtio_blk": VirtioBlk}
 )
 
+_PACKAGE: Final = str(Path(__file__).parents[1])
 _UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _WORDS: Final = {"yes": True, "true": True, "on": True, "1": True} | {
     "no": False, "false": False, "off": False, "0": False,
@@ -159,10 +160,12 @@ def _run_file(path: Path) -> ModuleType:
 
 
 def _place(problem: Exception) -> str:
-    """Tell an exception with its file and line."""
+    """Tell an exception with its file and line: the last one that is not ours, if there is any."""
     if isinstance(problem, SyntaxError):
         return f"{problem.filename}, line {problem.lineno}: {problem.msg}"
-    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    frames = traceback.extract_tb(problem.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(_PACKAGE)]
+    frame = (theirs or frames)[-1]
     return f"{frame.filename}, line {frame.lineno}: {type(problem).__name__}: {problem}"
 
 

@@ -47,6 +47,7 @@ class Checks:
             self._checks = choose(
                 config.getoption("vfiomig_only"), config.getoption("vfiomig_skip")
             )
+            self._maker = target_maker(self.target)
         except SpecError as problem:
             raise pytest.UsageError(str(problem)) from None
 
@@ -77,7 +78,7 @@ class Checks:
                 raise CheckFailed(self._trouble)
             try:
                 self._suite = Suite(
-                    target_maker(self.target),
+                    self._maker,
                     self.target,
                     dangerous=self._dangerous,
                     deadline=self._deadline,
