@@ -8,15 +8,6 @@
 #define READ_WRITE (MAP_READ | MAP_WRITE)
 
 struct vfio_ioas { uint32_t size, ioas_id; uint16_t op, reserved; };
-struct info {
-	uint32_t argsz, flags;
-	uint64_t iova_pgsizes;
-	uint32_t cap_offset, pad;
-	unsigned char rest[512];
-};
-struct cap { uint16_t id, version; uint32_t next; };
-struct cap_avail { struct cap header; uint32_t avail; };
-struct cap_ranges { struct cap header; uint32_t count, reserved; struct { uint64_t start, end; } at[]; };
 
 /* What the sections work with. */
 static int iommufd, group, dev;

@@ -30,6 +30,16 @@
 #endif
 
 struct group_status { uint32_t argsz, flags; };
+/* What GET_INFO tells, and the capabilities behind it. */
+struct info {
+	uint32_t argsz, flags;
+	uint64_t iova_pgsizes;
+	uint32_t cap_offset, pad;
+	unsigned char rest[512];
+};
+struct cap { uint16_t id, version; uint32_t next; };
+struct cap_avail { struct cap header; uint32_t avail; };
+struct cap_ranges { struct cap header; uint32_t count, reserved; struct { uint64_t start, end; } at[]; };
 struct dma_map { uint32_t argsz, flags; uint64_t vaddr, iova, size; };
 struct bitmap { uint64_t pgsize, size, data; };
 struct dma_unmap { uint32_t argsz, flags; uint64_t iova, size; struct bitmap bitmap; };

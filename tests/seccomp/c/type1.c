@@ -9,16 +9,7 @@
 #define STOP_TRACKING 2u
 #define GET_BITMAP 4u
 
-struct info {
-	uint32_t argsz, flags;
-	uint64_t iova_pgsizes;
-	uint32_t cap_offset, pad;
-	unsigned char rest[512];
-};
-struct cap { uint16_t id, version; uint32_t next; };
 struct cap_migration { struct cap header; uint32_t flags; uint64_t pgsizes, max_size; };
-struct cap_avail { struct cap header; uint32_t avail; };
-struct cap_ranges { struct cap header; uint32_t count, reserved; struct { uint64_t start, end; } at[]; };
 struct dirty { uint32_t argsz, flags; uint64_t iova, size; struct bitmap bitmap; };
 
 /* What every section works with. */
