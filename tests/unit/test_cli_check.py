@@ -141,6 +141,20 @@ def test_the_list_has_every_check_and_opens_nothing(capsys: pytest.CaptureFixtur
     assert "states" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options", [("--list",), ("--explain", "size.it-is-no-errno")])
+def test_checks_are_told_to_machines_too(
+    options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check("--json", "--only", "size", *options) == 0
+    told = json.loads(capsys.readouterr().out)["checks"]
+    (one,) = (row for row in told if row["id"] == "size.it-is-no-errno")
+    assert (one["chapter"], one["danger"]) == ("size", None)
+    assert one["rule"].startswith("The length is below 2^63")
+    assert "docs/protocol.md, SIZE-1, FAULT-20" in one["clause"]
+    assert "devices with feature 9" in one["only_for"]
+    assert len(told) == (4 if "--list" in options else 1)
+
+
 def test_a_check_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert check("--explain", "states.stop-copy-to-pre-copy") == 0
     text = capsys.readouterr().out

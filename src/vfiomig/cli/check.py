@@ -16,7 +16,7 @@ from vfiomig.cli.targets import named
 from vfiomig.client import target_maker
 from vfiomig.errors import PrerequisiteError, SpecError
 from vfiomig.models import parse_size
-from vfiomig.report import as_data, as_junit
+from vfiomig.report import as_data, as_junit, checks_as_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,11 +82,8 @@ def check(
         Write a report as one page to this file.
     """
     checks = choose(only or (), skip or ())
-    if explain:
-        explain_check(find(explain))
-        return 0
-    if list:
-        list_checks(checks)
+    if explain or list:
+        _tell([find(explain)] if explain else checks, alone=bool(explain), json=json)
         return 0
     target = named("check", target, fd)
     writers = _writers({"--junit": junit, "--html": html})
@@ -98,6 +95,15 @@ def check(
     else:
         show(report)
     return _exit_code(report)
+
+
+def _tell(checks: Sequence[Check], *, alone: bool, json: bool) -> None:
+    if json:
+        print(json_format.dumps(checks_as_data(checks), indent=2))
+    elif alone:
+        explain_check(checks[0])
+    else:
+        list_checks(checks)
 
 
 def _exit_code(report: Report) -> int:

@@ -1,13 +1,15 @@
-"""A report of checks as one JSON document."""
+"""A report of checks, and the checks themselves, as one JSON document."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vfiomig.checks import Report
+    from collections.abc import Iterable
 
-__all__ = ("as_data",)
+    from vfiomig.checks import Check, Report
+
+__all__ = ("as_data", "checks_as_data")
 
 
 def as_data(report: Report) -> dict[str, Any]:
@@ -26,4 +28,22 @@ def as_data(report: Report) -> dict[str, Any]:
             }
             for result in report.results
         ],
+    }
+
+
+def checks_as_data(checks: Iterable[Check]) -> dict[str, Any]:
+    """What checks are about, whatever device they are run on."""
+    return {
+        "checks": [
+            {
+                "id": check.id,
+                "chapter": check.chapter,
+                "rule": check.sentence,
+                "explanation": check.explanation,
+                "clause": check.clause,
+                "only_for": check.conditions,
+                "danger": check.danger and f"{check.danger.what} ({check.danger.rule})",
+            }
+            for check in checks
+        ]
     }
