@@ -196,6 +196,7 @@ def test_a_client_that_ends_without_a_word_is_reported_by_its_end(
     [
         (["--size", "much"], "--size: 'much' is no whole number"),
         (["--size", "0"], "the device has at least one byte"),
+        (["--size", "40000G"], "need 80000.0 GiB of memory, and"),
         (["--dirty", "-1"], "--dirty: -1 is no size"),
         (["--dialect", "v5"], "v5"),
     ],

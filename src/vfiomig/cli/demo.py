@@ -24,19 +24,19 @@ import signal
 import sys
 import threading
 from contextlib import ExitStack, contextmanager
-from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation at run time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.cli.demo_account import DESTINATION, SOURCE, Account
-from vfiomig.cli.demo_table import Bar, as_data, show
+from vfiomig.cli.demo_table import Bar, as_data, bytes_text, show
 from vfiomig.cli.qemu_demo import demo_under_qemu, find_parts
 from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.descriptors import Fd
 from vfiomig.doors.syscall.run import run
-from vfiomig.errors import SpecError, VfioMigError
+from vfiomig.errors import PrerequisiteError, SpecError, VfioMigError
 from vfiomig.models import parse_size
 from vfiomig.models.pattern import Pattern
 
@@ -133,7 +133,19 @@ def _pattern(size: str, dirty: str, seed: int) -> Pattern:
             parse_size(text)
         except SpecError as problem:
             raise SpecError(f"{option}: {problem}") from None
+    _require_memory(2 * parse_size(size))
     return Pattern(size=parse_size(size), dirty=parse_size(dirty), seed=seed)
+
+
+def _require_memory(needed: int) -> None:
+    """Refuse what the kernel would let begin, and kill in the middle."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) << 10
+    if needed > available:
+        raise PrerequisiteError(
+            f"two devices of that --size need {bytes_text(needed)} of memory, and"
+            f" {bytes_text(available)} are available: give a smaller one"
+        )
 
 
 def _migrate(devices: list[VfioDevice], bar: Bar) -> int:
