@@ -278,7 +278,7 @@ def a_larger_argsz_is_refused_in_v6(bench: Bench) -> None:
     bench.ioctl(v6_answers(lambda argument: argument.argsz > 16, errno.E2BIG))
 
 
-@v6_mutant("SET-V6-11", "v6.a-refusal-tells-the-state")
+@v6_mutant("SET-V6-11", "v6.a-refusal-tells-the-state", others=1)
 def a_refusal_tells_the_target_in_v6(bench: Bench) -> None:
     def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
         asked = v6_target(argument)
@@ -345,6 +345,17 @@ def a_data_fd_takes_the_request_of_the_device_in_v6(bench: Bench) -> None:
     def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
         known = number == vfio.VFIO_DEVICE_MIG_SET_STATE and on > 4
         return end(errno.EINVAL) if known else call(on, number, argument)
+
+    bench.ioctl(tamper)
+
+
+@v6_mutant("SET-V6-5", "v6.a-failure-of-the-device-has-an-errno-of-its-own")
+def a_refused_state_is_eopnotsupp_in_v6(bench: Bench) -> None:
+    def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
+        asked = v6_target(argument)
+        result = outcome(lambda: call(on, number, argument))
+        loading = asked == State.STOP and bench.migration._state is State.RESUMING
+        return end(errno.EOPNOTSUPP if result and loading else result)
 
     bench.ioctl(tamper)
 

@@ -28,7 +28,7 @@ WHOLE = {
     "the_header_is_taken_by_its_word": 8,
     "a_page_of_ranges_is_not_the_limit": 1,
     "flags_are_an_echo_for_ever": 2,
-    "a_refusal_tells_the_target_in_v6": 3,
+    "a_refusal_tells_the_target_in_v6": 4,
 }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vfiomig.abi import vfio
 from vfiomig.checks.check import V6, Chapter
 from vfiomig.checks.discovery import flags_text
-from vfiomig.checks.evidence import errno_text
+from vfiomig.checks.evidence import Inapplicable, errno_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import Pages
 from vfiomig.checks.raw import GET, PROBE, SET, UNSET_FD, Reply
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ("CHAPTER",)
 
 NUMBER = vfio.VFIO_DEVICE_MIG_SET_STATE
+#: With these the request has not reached the device, or its answer not the user.
+CORE_ONLY = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.EFAULT})
 
 
 CHAPTER = Chapter(
@@ -109,6 +111,24 @@ def a_refusal_tells_the_state(subject: Subject) -> None:
         what = f"SET {target:#x} in {origin.name}"
         subject.evidence.expect_errno(what, result, errno.EINVAL)
         subject.evidence.expect_state(f"device_state after {what}", argument.device_state, origin)
+
+
+@CHAPTER.check("SET-V6-5", "SET-V6-10", "SET-V6-11")
+def a_failure_of_the_device_has_an_errno_of_its_own(subject: Subject) -> None:
+    """A change that the device fails is not EOPNOTSUPP, ENOTTY or EFAULT: those are the core's.
+
+    With them device_state means nothing; with any other errno it is where the device is.
+    """
+    state = subject.some_state()
+    subject.write_all(subject.session(State.RESUMING), state[: len(state) // 2])
+    result, argument = ask(subject, "SET STOP with half a state written")
+    if not result:
+        raise Inapplicable("the device takes half a state")
+    what = "SET STOP with half a state written"
+    wanted = "an errno, but EOPNOTSUPP, ENOTTY or EFAULT"
+    subject.evidence.expect_that(what, result not in CORE_ONLY, wanted, errno_text(result))
+    what = f"device_state after {what}"
+    subject.evidence.expect_state(what, argument.device_state, subject.state())
 
 
 @CHAPTER.check("SET-V6-6", "SET-V6-9")
