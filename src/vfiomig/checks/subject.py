@@ -111,8 +111,7 @@ class Subject:
     @property
     def states(self) -> tuple[State, ...]:
         """The states that the device has."""
-        caps = Capability.STOP_COPY if self.is_v6 else self.facts.capabilities
-        return states_of(caps)
+        return states_of(self.caps)
 
     @property
     def caps(self) -> Capability:
