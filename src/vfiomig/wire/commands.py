@@ -45,9 +45,8 @@ class Command:
     #: Data follow the head of a request, or of a reply.
     request_data: bool = False
     reply_data: bool = False
-    #: Descriptors may come with a request, or with a reply.
+    #: Descriptors may come with a request.
     request_fds: bool = False
-    reply_fds: bool = False
     #: Exists only where the extension was agreed on.
     extension: bool = False
     #: How long the two heads are.
@@ -84,7 +83,7 @@ COMMANDS: tuple[Command, ...] = (
     _row("DMA_MAP", vfio_user.DmaMap, None, "request_fds"),
     _row("DMA_UNMAP", vfio_user.DmaUnmap, vfio_user.DmaUnmap),
     _row("DEVICE_GET_INFO", vfio_user.DeviceInfo, vfio_user.DeviceInfo),
-    _row("DEVICE_GET_REGION_INFO", vfio.RegionInfo, vfio.RegionInfo, "reply_fds"),
+    _row("DEVICE_GET_REGION_INFO", vfio.RegionInfo, vfio.RegionInfo),
     _row("DEVICE_GET_IRQ_INFO", vfio.IrqInfo, vfio.IrqInfo),
     _row("DEVICE_SET_IRQS", vfio.IrqSet, None, "request_fds"),
     _row("REGION_READ", vfio_user.RegionAccess, vfio_user.RegionAccess, "reply_data"),

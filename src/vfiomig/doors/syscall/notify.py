@@ -117,8 +117,7 @@ class Listener:
         self._counting = threading.Lock()
         #: How many callers died before their answer.
         self.gone = 0
-        #: Whether the kernel hands the CPU over directly.
-        self.sync_wake_up = _enable_sync_wake_up(self._number)
+        _enable_sync_wake_up(self._number)
 
     def fileno(self) -> int:
         return self._fd.fileno()
@@ -278,15 +277,14 @@ class Listener:
             self.gone += 1
 
 
-def _enable_sync_wake_up(number: int) -> bool:
+def _enable_sync_wake_up(number: int) -> None:
+    """Have the kernel hand the CPU over directly, where it can."""
     try:
         # The value is the argument itself, not a pointer to it.
         ioctl(number, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP)
     except OSError as error:
-        if error.errno in {errno.EINVAL, errno.ENOTTY}:
-            return False  # before Linux 6.6: slower, and nothing else
-        raise
-    return True
+        if error.errno not in {errno.EINVAL, errno.ENOTTY}:
+            raise  # those are before Linux 6.6: slower, and nothing else
 
 
 def kernel_version(release: str) -> tuple[int, int]:
