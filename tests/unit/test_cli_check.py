@@ -84,6 +84,7 @@ def test_a_check_that_fails_is_1(
         (("model:counter", "--state-limit", "much"), "--state-limit: 'much' is no whole number"),
         (("model:counter", "--html", "/nowhere/x.html"), "--html /nowhere/x.html: give the path"),
         (("model:counter", "--junit", "/"), "--junit /: give the path of a file"),
+        (("model:counter", "--junit", "/proc/x.xml"), "/proc/x.xml: "),
     ],
 )
 def test_usage_and_targets_that_are_not_there_are_2_in_one_line(

@@ -149,6 +149,9 @@ def _writers(files: dict[str, Path | None]) -> Sequence[tuple[Path, Callable[[Re
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise SpecError(f"{option} {path}: give the path of a file, in a folder that is there")
         found = [*found, (path, as_junit if option == "--junit" else _html())]
+        if path.is_file() or not path.exists():
+            with path.open("a", encoding="utf-8"):
+                pass  # or a refusal would come when all is done, and take what was found along
     return found
 
 

@@ -110,6 +110,8 @@ class FileDisk:
                 end = os.lseek(file.fileno(), 0, os.SEEK_END)
         except OSError as refusal:
             hint = "name a file that is there, made for example with truncate -s 64M"
+            if refusal.errno != errno.ENOENT:
+                hint = "name one that this user may read, and write unless readonly=yes"
             raise SpecError(f"path={path}: {refusal.strerror}; {hint}") from refusal
         self.size = end // SECTOR * SECTOR
         if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)) or not self.size:

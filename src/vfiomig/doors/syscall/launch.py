@@ -294,7 +294,7 @@ def _await_message(channel: socket.socket, deadline: float) -> None:
 
 def _explain_step(step: int, number: int, name: str) -> Exception:
     if step == _EXEC and number != _UNEXPECTED:
-        return explain_exec(name, number, exists=Path(name).exists())
+        return explain_exec(name, number, exists=os.path.exists(name))
     why = os.strerror(number) if number != _UNEXPECTED else "an exception that is no OSError"
     if step == _PREPARE:
         return LaunchError(f"the preparation of {name!r} failed in the child: {why}")
@@ -323,6 +323,8 @@ def explain_exec(name: str, number: int, *, exists: bool) -> LaunchError:
             )
         where = "no such file" if "/" in name else "it is in no folder of PATH"
         return LaunchError(f"{name}: not found, {where}", 127)
+    if number == errno.EACCES and "/" in name and not exists:
+        return LaunchError(f"{name}: this user may not look into its folder", 126)
     if number == errno.EACCES:
         return LaunchError(f"{name}: found, but not executable; chmod +x may be missing", 126)
     if number == errno.ENOEXEC:
