@@ -177,15 +177,13 @@ class Subject:
         return data_fd
 
     def enter(self, state: State) -> int:
-        """Bring the device from RUNNING to a state; in RESUMING it has been given its own state.
+        """Bring the device from RUNNING to a state; in RESUMING nothing is written.
 
         Return the descriptor of the session that is open there, ``NO_FD`` if none is.
         """
         if state is State.ERROR:
             self.enter_error()
             return NO_FD
-        if state is State.RESUMING:
-            return self.loaded()
         if session_kind(state) is not None:
             return self.session(state)
         self.go(state)
