@@ -63,7 +63,7 @@ def test_a_kernel_that_gets_as_far_as_the_missing_filter_has_all_flags() -> None
         ("/dev/null/tool", errno.ENOTDIR, False, 127, "no such file"),
         ("./tool", errno.ENOENT, True, 126, "interpreter"),
         ("./tool", errno.EACCES, True, 126, "chmod +x"),
-        ("/root/tool", errno.EACCES, False, 126, "may not look into its folder"),
+        ("/private/tool", errno.EACCES, False, 126, "may not look into its folder"),
         ("tool", errno.EACCES, False, 126, "chmod +x"),
         ("./tool", errno.ENOEXEC, True, 126, "#!"),
         ("./tool", errno.E2BIG, True, 126, "too long"),
