@@ -111,3 +111,9 @@ def test_sessions_are_open_in_the_saving_group_and_in_resuming() -> None:
         State.PRE_COPY: SessionKind.SAVING,
         State.PRE_COPY_P2P: SessionKind.SAVING,
     }
+
+
+def test_a_state_is_printed_by_its_name_and_counts_as_its_number() -> None:
+    state = State.PRE_COPY_P2P
+    assert (str(state), f"{state}", format(state)) == ("PRE_COPY_P2P",) * 3
+    assert (f"{state:#x}", f"{state:d}", state + 0) == ("0x7", "7", 7)

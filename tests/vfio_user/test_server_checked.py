@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).parents[2] / "docs/vfio-user-client.md"
 
 
-def test_what_the_page_leaves_out_is_what_loses_such_a_server(
+def test_the_chapters_that_the_page_names_do_not_lose_such_a_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = re.search(r"`vfiomig check TARGET (--skip [^`]+)`", PAGE.read_text())
+    found = re.search(r"`vfiomig check TARGET (--only [^`]+)`", PAGE.read_text())
     assert found is not None
     path = tmp_path / "server.sock"
     behaviour = BEHAVIOURS["libvfio-user"]

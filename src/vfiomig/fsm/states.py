@@ -62,6 +62,12 @@ class State(enum.IntEnum):
     #: PRE_COPY that starts no peer-to-peer DMA, as RUNNING_P2P.
     PRE_COPY_P2P = 7
 
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return int(self).__format__(spec) if spec else self.name
+
 
 class Capability(enum.IntFlag):
     """The ``VFIO_MIGRATION_*`` bits that ``VFIO_DEVICE_FEATURE_MIGRATION`` answers."""
