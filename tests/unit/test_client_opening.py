@@ -21,6 +21,7 @@ from vfiomig.client.connecting import connect, settle
 from vfiomig.client.kernel import KernelTransport
 from vfiomig.client.transport import NO_FD
 from vfiomig.descriptors import Fd
+from vfiomig.models.counter import Counter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +53,19 @@ def test_the_dialect_of_a_kernel_cannot_be_chosen() -> None:
 def test_an_unknown_dialect_names_the_known_ones() -> None:
     with pytest.raises(SpecError, match="landed or v6"):
         vfiomig.open("model:pattern,size=4K", "v5")
+
+
+def test_an_instance_of_a_device_is_opened_as_it_is() -> None:
+    device = Counter(rate=7)
+    with vfiomig.open(device, "v6") as client:
+        assert client.dialect is Dialect.V6
+        assert client.name == "Counter"
+
+
+@pytest.mark.parametrize("target", [Counter, 7, b"model:counter", None])
+def test_what_is_neither_a_text_nor_a_device_is_refused(target: object) -> None:
+    with pytest.raises(vfiomig.SpecError, match="give a text, or an instance"):
+        vfiomig.open(target)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dialect", Dialect)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.client import diagnosis, nodes, vfio_user
@@ -16,10 +16,8 @@ from vfiomig.client.face import DeviceClient
 from vfiomig.client.local import LocalTransport
 from vfiomig.client.sysfs import Sysfs
 from vfiomig.core.vfio_device import VfioDevice
+from vfiomig.device import Device
 from vfiomig.errors import SpecError
-
-if TYPE_CHECKING:
-    from vfiomig.device import Device
 
 __all__ = ("Maker", "device_maker", "open_device", "open_target", "target_maker")
 
@@ -28,13 +26,13 @@ Maker: TypeAlias = Callable[[], DeviceClient]
 
 
 def open_target(
-    target: str,
+    target: str | os.PathLike[str] | Device,
     dialect: Dialect | str | None = None,
     *,
     sysfs: str | os.PathLike[str] = "/sys",
     timeout: float | None = None,
 ) -> DeviceClient:
-    """Open a device by its TARGET.
+    """Open a device by its TARGET, or one that is there already: an instance of your class.
 
     ``model:SPEC`` is a device of this process, and one behind a vfio-user server is named by its
     socket, ``vfio-user:PATH``. Devices of the kernel are named by path
@@ -50,6 +48,10 @@ def open_target(
         SpecError: the TARGET means nothing; the message says what would.
         TargetError: it cannot be opened; the message says what to do.
     """
+    if isinstance(target, Device):
+        return open_device(target, dialect)
+    if not isinstance(target, str | os.PathLike):
+        raise SpecError(f"{target!r} is no TARGET and no device: give a text, or an instance")
     return _maker(os.fspath(target), dialect, Options(Sysfs(sysfs), timeout))()
 
 
