@@ -191,7 +191,10 @@ def test_a_stdout_that_knows_ascii_only_is_no_bug() -> None:
         (["draw", "--format", "png"], '"mermaid", "dot"'),
         (["draw", "--caps", "fly"], "stop-copy+p2p+pre-copy"),
         (["draw", "--json", "--format", "dot"], "contradict each other"),
-        (["draw", "left", "over"], "left"),
+        (
+            ["draw", "left", "over"],
+            "vfiomig: too many arguments: left over (see vfiomig draw --help)",
+        ),
     ],
 )
 def test_a_usage_error_is_one_line_on_stderr_and_exit_code_2(

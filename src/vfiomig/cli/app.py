@@ -26,7 +26,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from cyclopts import App, CycloptsError, MissingArgumentError
+from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
 from vfiomig.errors import PrerequisiteError, SpecError, TargetError, VfioMigError
 from vfiomig.version import VERSION
@@ -261,6 +261,8 @@ def _explain(error: Exception) -> tuple[str, int]:
             said = str(error)
             if isinstance(error, MissingArgumentError) and error.argument and not error.keyword:
                 said = f"{error.argument.name} is missing"
+            if isinstance(error, UnusedCliTokensError):
+                said = f"too many arguments: {' '.join(error.unused_tokens or ())}"
             return f"{said} (see {place} --help)", _USAGE
         case SpecError() | TargetError() | PrerequisiteError():
             return _text(error), _USAGE
