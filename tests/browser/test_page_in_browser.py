@@ -9,12 +9,10 @@ person would see, in whose pixels the colours of the matrix are counted.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import struct
 import subprocess
-import time
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -63,23 +61,7 @@ class Browser:
             timeout=55,
             check=True,
         )
-        wait_for_orphans()
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-def wait_for_orphans() -> None:
-    """Wait for processes that the browser has left, where they come to this one.
-
-    They do in a process in which a door has been: it takes in whatever a program leaves.
-    """
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            ended, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not ended:
-            time.sleep(0.01)
 
 
 @pytest.fixture

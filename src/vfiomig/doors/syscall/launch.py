@@ -19,7 +19,7 @@ The program is killed when the thread that launched it ends: without a superviso
 would answer ENOSYS, which no driver does. Launch from a thread that outlives the program.
 
 Yama lets only ancestors into a program's memory. Descendants whose parents end would leave the
-family, so this process becomes the one that inherits them (a subreaper).
+family, so this process inherits them until the program is closed (heir.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from vfiomig.abi.seccomp import (
-    PR_SET_CHILD_SUBREAPER,
     PR_SET_NO_NEW_PRIVS,
     PR_SET_PDEATHSIG,
     SECCOMP_FILTER_FLAG_NEW_LISTENER,
@@ -50,6 +49,7 @@ from vfiomig.abi.seccomp import (
 )
 from vfiomig.abi.syscalls import X86_64
 from vfiomig.descriptors import Fd, poll_until
+from vfiomig.doors.syscall.heir import be_heir, resign
 from vfiomig.doors.syscall.notify import Listener, kernel_version
 from vfiomig.doors.syscall.program import Program
 from vfiomig.errors import DoorError, PrerequisiteError
@@ -123,7 +123,6 @@ def launch(
     """
     check_prerequisites()
     deadline = time.monotonic() + timeout
-    _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     instructions = ctypes.create_string_buffer(program, len(program))
     fprog = SockFprog(len=len(program) // SockFilter.SIZE, filter=ctypes.addressof(instructions))
     plan = _Plan(
@@ -136,7 +135,12 @@ def launch(
         default_signals=_signals_to_reset(),
         prepare=prepare,
     )
-    return _start(plan, argv[0], deadline)
+    be_heir()
+    try:
+        return _start(plan, argv[0], deadline)
+    except BaseException:
+        resign()
+        raise
 
 
 def _start(plan: _Plan, name: str, deadline: float) -> Program:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vfiomig.descriptors import Fd, poll_until
+from vfiomig.doors.syscall.heir import resign
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,6 +123,7 @@ class Program:
                 pass
         self.listener.close()
         self.pidfd.close()
+        resign()
 
     def reap_orphans(self, deadline: float | None = None) -> int:
         """Collect ended descendants that were left to this process; return how many.
