@@ -177,7 +177,7 @@ def test_a_looped_port_gives_every_byte_back_through_intx(served: Served) -> Non
     told = served.guest.check(
         "stty -F /dev/ttyS5 115200 raw -echo && head -c 4096 /dev/urandom >sent "
         f"&& exec 4<>/dev/ttyS5 && {{ timeout {PATIENCE_S} head -c 4096 <&4 >got & }} "
-        f"&& timeout {PATIENCE_S} cat sent >&4; grep ttyS5 /proc/interrupts; wait; "
+        f"&& timeout {PATIENCE_S} cat sent >&4; wait; grep ttyS5 /proc/interrupts; "
         "sha256sum <sent; sha256sum <got"
     )
     line, sent, got = told.splitlines()
