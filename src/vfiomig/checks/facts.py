@@ -83,6 +83,11 @@ class Facts:
         """Whether requests go to a program as messages, and neither to a kernel nor to a call."""
         return Shows.FAULTS not in self.shows
 
+    @property
+    def may_keep_states(self) -> bool:
+        """Whether it may be a server that keeps the migration state over a reset (FAULT-7)."""
+        return self.is_server and Shows.ALL_REQUESTS not in self.shows
+
 
 def look(client: DeviceClient) -> Facts:
     """Ask an open device for the facts.

@@ -283,9 +283,11 @@ class Subject:
         if self.target.saved is None:
             step = self.evidence.step("save the device's own state")
             data_fd = self.session(State.STOP_COPY)
-            self.target.saved = self.drain(data_fd)
-            self.evidence.outcome(step, f"{len(self.target.saved)} bytes")
+            state = self.drain(data_fd)
+            self.target.keep(state)
+            self.evidence.outcome(step, f"{len(state)} bytes")
             self.go(State.STOP)
+            return state
         return self.target.saved
 
     def some_state(self) -> memoryview:

@@ -8,6 +8,10 @@ the next check gets a new one. A check during which the device goes away has fai
 device does not come back at all, or nothing brings it to RUNNING any more, it is lost: every later
 check says so instead of being run.
 
+A server outside the kernel may keep RESUMING over a reset, and let nobody leave it who has not
+loaded a whole state. So such a server's device is saved before the first check, while that can be
+done, and the client has the state at hand. No other device sees that.
+
 A check ends with the device in RUNNING wherever that can be done: see ``subject``. So does a run
 that its user interrupts, after which the report tells what was found until then.
 """
@@ -113,6 +117,7 @@ class Suite:
         self._descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
         #: Why no check can run any more.
         self.lost = ""
+        self._tried_to_save = False
         #: Whether the user has interrupted a check.
         self.interrupted = False
         try:
@@ -173,18 +178,38 @@ class Suite:
         reason = self.lost or self._why_unrun(check)
         if reason:
             return Result(check, Verdict.NOT_RUN, "", "", reason)
+        if not check.as_it_is:
+            self._save_once()
         started = time.monotonic()
-        subject = Subject(
-            self._target,
-            self.facts,
-            self._levers,
-            deadline=started + self._deadline,
-            state_limit=self._state_limit,
-            dangerous=self.dangerous,
-        )
+        subject = self._new_subject()
         verdict, expected, saw = self._judge(check, subject)
         seconds = time.monotonic() - started
         return Result(check, verdict, subject.evidence.did, expected, saw, seconds, subject.cell)
+
+    def _new_subject(self) -> Subject:
+        return Subject(
+            self._target,
+            self.facts,
+            self._levers,
+            deadline=time.monotonic() + self._deadline,
+            state_limit=self._state_limit,
+            dangerous=self.dangerous,
+        )
+
+    def _save_once(self) -> None:
+        """Save the device of a server that may keep states; whether it can is a check's business."""
+        if self._tried_to_save or not (self.facts.may_keep_states and self.facts.capabilities):
+            return
+        self._tried_to_save = True
+        subject = self._new_subject()
+        try:
+            in_time(lambda: _save(subject), self._deadline + 1)
+        except (Hung, Gone):
+            subject.given_up = True
+            self._target.abandon()
+            self._open_if_closed()
+        except (Broken, Inapplicable, RequestError, Stuck, Unrun) as reason:
+            log.info("%s was not saved beforehand: %s", self.name, reason)
 
     def _why_unrun(self, check: Check) -> str:
         danger = check.danger
@@ -263,5 +288,14 @@ def _carry_out(check: Check, subject: Subject) -> None:
         subject.begin()
     try:
         check.body(subject)
+    finally:
+        subject.end()
+
+
+def _save(subject: Subject) -> None:
+    """Save the device, and bring it back to RUNNING."""
+    try:
+        subject.begin()
+        subject.saved()
     finally:
         subject.end()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from vfiomig.checks.evidence import Stuck, Unrun, errno_text, state_text
 from vfiomig.checks.facts import look, numbers_in_use
 from vfiomig.checks.raw import Raw
+from vfiomig.client.vfio_user import VfioUserTransport
 from vfiomig.errors import RequestError
 from vfiomig.fsm import State
 
@@ -98,6 +99,8 @@ class Target:
         self._client = client = self._make()
         self._raw = Raw(client)
         self.taken = numbers_in_use(self._raw.transport)
+        if self.saved is not None:
+            self.keep(self.saved)
         return in_time(lambda: look(client), self._patience)
 
     def _make(self) -> DeviceClient:
@@ -127,6 +130,13 @@ class Target:
             raise Unrun(f"the device cannot be opened again: {refusal.strerror}") from None
         except Hung:
             raise Unrun(f"opening it again takes more than {self._patience:g} s") from None
+
+    def keep(self, state: memoryview) -> None:
+        """Keep the device's own state, also for a server that lets nobody without one go."""
+        self.saved = state
+        transport = self.raw.transport
+        if isinstance(transport, VfioUserTransport):
+            transport.keep_whole_state(state)
 
     def bring_to_running(self) -> None:
         """Bring the device to RUNNING, as new.

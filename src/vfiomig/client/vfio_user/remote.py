@@ -58,6 +58,8 @@ class Remote:
         self.migratable = True
         #: See ``DeviceClient``.
         self.mended: list[str] = []
+        #: A state that the device is known to take, for whoever has one: see running.py.
+        self.whole_state: memoryview | None = None
         self._data_out = limits.in_one_piece(MIG_DATA.size)
         self._region_out = limits.in_one_piece(REGION_ACCESS.size)
 
@@ -218,19 +220,24 @@ class Remote:
 
     def write_data(self, data_fd: DataFd, data: memoryview) -> int:
         piece = data[: self._data_out]
-        size = len(piece)
         with self._accounted(data_fd):
             with self.order:
                 self._require(data_fd, SessionKind.RESUMING)
-                if not size:
+                if not piece:
                     return 0
-                call = self.channel.send(
-                    vfio_user.VFIO_USER_MIG_DATA_WRITE,
-                    MIG_DATA.pack(MIG_DATA.size + size, size),
-                    piece,
-                )
+                call = self._offer_data(piece)
             self.channel.finish(call, done)
-            return size
+            return len(piece)
+
+    def write_locked(self, data: memoryview) -> int:
+        """Write to whatever session is open, as much as fits a message."""
+        piece = data[: self._data_out]
+        self.channel.finish(self._offer_data(piece), done)
+        return len(piece)
+
+    def _offer_data(self, piece: memoryview) -> Call:
+        head = MIG_DATA.pack(MIG_DATA.size + len(piece), len(piece))
+        return self.channel.send(vfio_user.VFIO_USER_MIG_DATA_WRITE, head, piece)
 
     @contextmanager
     def _accounted(self, data_fd: DataFd) -> Iterator[None]:

@@ -7,6 +7,8 @@ keeps the migration state over either, refuses a reset in STOP and STOP_COPY, an
 device that does not survive a session which is left before it was read to its end. So the state
 is asked for, and where the promise was not kept the device is led to RUNNING by requests that
 every server takes: out of PRE_COPY by way of STOP_COPY, and out of STOP_COPY when all was read.
+Out of RESUMING many devices let nobody who has not loaded a whole state; who has one that was
+saved before puts it into ``Remote.whole_state``.
 A warning tells, because what the device was doing is over.
 """
 
@@ -87,7 +89,16 @@ def _lead_to_running(remote: Remote, why: str) -> None:
             remote.change_locked(State.STOP_COPY)
         if remote.sessions.state is State.STOP_COPY:
             _drain(remote)
-        remote.change_locked(RUNNING)
+        try:
+            remote.change_locked(RUNNING)
+        except RequestError:
+            raise
+        except OSError:
+            if state is not State.RESUMING or remote.whole_state is None:
+                raise
+            _load(remote, remote.whole_state)
+            remote.change_locked(RUNNING)
+            remote.mended.append("only a whole state leads out of RESUMING")
     except RequestError:
         raise  # there is no connection any more
     except OSError as refusal:
@@ -96,6 +107,13 @@ def _lead_to_running(remote: Remote, why: str) -> None:
             f"the server at {name} keeps the device in {where} and does not let it run: "
             f"{refusal.strerror}; start the server again",
         ) from None
+
+
+def _load(remote: Remote, state: memoryview) -> None:
+    """Load a state that the device is known to take, in place of what it was given."""
+    remote.reset_locked()
+    while state:
+        state = state[remote.write_locked(state) :]
 
 
 def _drain(remote: Remote) -> None:

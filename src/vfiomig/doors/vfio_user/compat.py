@@ -14,7 +14,7 @@ from vfiomig.abi import vfio, vfio_user
 from vfiomig.doors.vfio_user import commands
 from vfiomig.doors.vfio_user.commands import HANDLERS
 from vfiomig.fsm import State
-from vfiomig.wire import Capabilities, command_name
+from vfiomig.wire import Capabilities, command_name, requests
 from vfiomig.wire.connection import HEAD_ROOM
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
     Difference(
         "DEVICE_RESET",
-        "fails in STOP and STOP_COPY, and leaves the migration state as it is",
+        "fails in STOP and STOP_COPY, and leaves the migration state as it is; in RESUMING what"
+        " was loaded is dropped",
         "ends the session and leads to RUNNING from every state",
     ),
     Difference(
@@ -126,11 +127,20 @@ def _require_executed(visit: Visit, command: int) -> None:
 
 
 def _reset(visit: Visit, request: Request) -> None:
-    """Reset a device that runs; in any other state, only what is not about migration."""
-    if visit.served.migration.state() is State.RUNNING:
+    """Reset a device that runs; in any other state, only what is not about migration.
+
+    What was loaded belongs to the device and not to the library: it is dropped, and a load begins.
+    """
+    state = visit.served.migration.state()
+    if state is State.RUNNING or request.refusal is not None:
         commands.reset(visit, request)
         return
-    visit.served.irqs.reset()
+    visit.line.lend()
+    if state is State.RESUMING:
+        visit.ioctl(vfio.VFIO_DEVICE_RESET, bytearray())
+        visit.ioctl(vfio.VFIO_DEVICE_FEATURE, bytearray(LOAD))
+    else:
+        visit.served.irqs.reset()
     visit.reply(request)
 
 
@@ -159,6 +169,11 @@ def _guarded(handler: Handler) -> Handler:
     return answer
 
 
+#: The request for RESUMING.
+LOAD = requests.feature(
+    vfio.VFIO_DEVICE_FEATURE_SET | vfio.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE,
+    bytes(vfio.MigState(device_state=State.RESUMING)),
+)
 SET_BYTE = bytes([vfio.VFIO_DEVICE_FEATURE_SET >> 16])
 LIBVFIO_USER_SIZE = 1 << 20
 KERNEL = Behaviour()
