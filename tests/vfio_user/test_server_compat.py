@@ -148,6 +148,19 @@ def test_a_reset_keeps_the_state(client: Raw) -> None:
         assert client.state() == state
 
 
+def test_a_reset_lets_the_device_forget_what_was_loaded() -> None:
+    with library(Pattern(size=4096)) as path, Raw.connect(path, PLAIN) as client:
+        assert client.set_state(STOP_COPY) == 0
+        reply = client.read_state(1 << 16)
+        saved = reply.body[8:][: struct.unpack_from("<II", reply.body)[1]]
+        assert client.set_state(RESUMING) == 0
+        assert client.write_state(saved[:100]) == 0
+        assert client.set_state(RUNNING) == errno.EINVAL
+        assert (client.call(RESET).errno, client.state()) == (0, RESUMING)
+        assert client.write_state(saved) == 0
+        assert client.set_state(RUNNING) == 0
+
+
 def test_a_reset_of_a_running_device_resets_it(client: Raw) -> None:
     assert client.write_region(0, 0, b"kept until") == 0
     client.good(RESET)

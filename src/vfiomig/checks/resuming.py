@@ -17,6 +17,7 @@ from vfiomig.checks.check import LANDED, Chapter
 from vfiomig.checks.evidence import Inapplicable, Unrun, errno_text, transfer_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import Pages, buffer_at
+from vfiomig.checks.resets import prefer_nothing_mended
 from vfiomig.fsm import Capability, State
 
 if TYPE_CHECKING:
@@ -296,7 +297,9 @@ def a_load_is_abandoned_by_a_reset(subject: Subject) -> None:
     state = subject.some_state()
     data_fd = subject.session(State.RESUMING)
     subject.write_all(data_fd, state[: len(state) // 2])
+    before = len(subject.mended)
     subject.evidence.expect_errno("RESET", subject.reset(), 0)
+    prefer_nothing_mended(subject, subject.mended[before:])
     subject.expect_state(State.RUNNING)
     subject.expect_taken(state)
 
