@@ -175,11 +175,11 @@ class Suite:
         if reason:
             return Result(check, Verdict.NOT_APPLICABLE, "", "", reason)
         self._open_if_closed()
+        if not check.as_it_is:
+            self._save_once()
         reason = self.lost or self._why_unrun(check)
         if reason:
             return Result(check, Verdict.NOT_RUN, "", "", reason)
-        if not check.as_it_is:
-            self._save_once()
         started = time.monotonic()
         subject = self._new_subject()
         verdict, expected, saw = self._judge(check, subject)
@@ -198,18 +198,21 @@ class Suite:
 
     def _save_once(self) -> None:
         """Save the device of a server that may keep states; whether it can is a check's business."""
-        if self._tried_to_save or not (self.facts.may_keep_states and self.facts.capabilities):
+        may_matter = self.facts.may_keep_states and self.facts.capabilities
+        if self.lost or self._tried_to_save or not may_matter:
             return
         self._tried_to_save = True
         subject = self._new_subject()
         try:
             in_time(lambda: _save(subject), self._deadline + 1)
-        except (Hung, Gone):
+        except (Hung, Gone, KeyboardInterrupt) as end:
             subject.given_up = True
             self._target.abandon()
-            self._open_if_closed()
+            if isinstance(end, KeyboardInterrupt):
+                raise
         except (Broken, Inapplicable, RequestError, Stuck, Unrun) as reason:
             log.info("%s was not saved beforehand: %s", self.name, reason)
+        self._open_if_closed()
 
     def _why_unrun(self, check: Check) -> str:
         danger = check.danger
