@@ -149,7 +149,7 @@ REQUEST_PARSERS: dict[int, Callable[[Request, Limits], object]] = {
     11: requests.dma_read_untrusted,
     12: lambda request, _: requests.dma_write_untrusted(request),
     15: lambda request, _: requests.write_multi_untrusted(request),
-    16: lambda request, _: _feature(request),
+    16: lambda request, _: requests.feature_untrusted(request),
     17: requests.mig_data_untrusted,
     18: requests.mig_data_untrusted,
     0x8079: lambda request, _: requests.precopy_info_untrusted(request),
@@ -171,13 +171,9 @@ REPLY_PARSERS: dict[int, Callable[[Reply], object]] = {
 }
 
 
-def _feature(request: Request) -> object:
-    """Read the payload as every feature whose wire form is not the kernel's."""
-    feature = requests.feature_untrusted(request)
-    for parse in (requests.logging_start_untrusted, requests.logging_report_untrusted):
-        with suppress(WireError):
-            parse(feature.payload)
-    return feature
+def outstanding(end: Connection) -> int:
+    """How many requests have no reply yet."""
+    return len(end._outstanding)
 
 
 def look_into(found: Request | Reply, limits: Limits) -> None:

@@ -23,7 +23,7 @@ from vfiomig.wire import (
     Role,
     ServerConnection,
 )
-from wire_peers import ALL, MIB, REPLY, agreed, joined, look_into, message
+from wire_peers import ALL, MIB, NO_REPLY, REPLY, agreed, joined, look_into, message
 
 if TYPE_CHECKING:
     from vfiomig.wire import Connection
@@ -104,7 +104,7 @@ def receive(connection: Connection, descriptors: Descriptors) -> None:
         assert len(found.data) <= found.data_size
         assert found.data_size - len(found.data) == connection.missing or found.refusal
         if isinstance(found, Request):
-            assert bool(joined(connection.error(found, 5))) == found.wants_reply
+            assert bool(joined(connection.error(found, 5))) != bool(found.flags & NO_REPLY)
 
 
 @st.composite

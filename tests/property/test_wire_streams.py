@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vfiomig.wire import COMMANDS, ClientConnection, Reply, Request, Role, ServerConnection
 from vfiomig.wire.version import KEYS, Capabilities
-from wire_peers import Feeder, agreed, arrival, asked, joined, message
+from wire_peers import Feeder, agreed, arrival, asked, joined, message, outstanding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +76,7 @@ def test_requests_and_replies_arrive_as_they_were_sent(
     got = [(one.message.msg_id, one.errno, one.body + one.data) for one in answers.arrived]
     assert got == expected
     assert all(isinstance(one.message, Reply) for one in answers.arrived)
-    assert client.outstanding == 0
+    assert outstanding(client) == 0
     assert client.between_messages
 
 

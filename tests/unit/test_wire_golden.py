@@ -7,6 +7,7 @@ command, size, flags, errno.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from vfiomig.abi import vfio, vfio_iommu
 from vfiomig.abi import vfio_user as abi
 from vfiomig.abi.uapi import UapiStruct
 from vfiomig.wire import COMMANDS, Role, replies, requests
-from wire_peers import agreed, answered, asked, joined, octets
+from wire_peers import agreed, answered, asked, joined, octets, outstanding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -264,7 +265,10 @@ EXCHANGES = (
     Exchange(
         "REGION_WRITE_MULTI",
         15,
-        ask(15, requests.write_multi([(0x8, 0, b"\1\2"), (0x100, 4, b"\1\2\3\4\5\6\7\x08")])),
+        ask(
+            15,
+            struct.pack("<Q QII8s QII8s", 2, 8, 0, 2, b"\1\2", 0x100, 4, 8, b"\1\2\3\4\5\6\7\x08"),
+        ),
         """ 0200 0f00 48000000 00000000 00000000
             0200000000000000
             0800000000000000 00000000 02000000 01 02 00 00 00 00 00 00
@@ -351,10 +355,8 @@ EXCHANGES = (
             0010000000000000 02000000 00000000
             0000000000000000 0000100000000000
             0000200000000000 0010000000000000 """,
-        lambda request, _: requests.logging_start_untrusted(
-            requests.feature_untrusted(request).payload
-        ),
-        [4096, [[0, 0x100000], [0x200000, 0x1000]]],
+        lambda request, _: struct.unpack("<QII4Q", requests.feature_untrusted(request).payload),
+        [4096, 2, 0, 0, 0x100000, 0x200000, 0x1000],
         echo,
         """ 0200 1000 48000000 01000000 00000000  38000000 06000200
             0010000000000000 02000000 00000000
@@ -376,9 +378,7 @@ EXCHANGES = (
         ),
         """ 0200 1000 30000000 00000000 00000000  28000000 08000100
             0000200000000000 0000040000000000 0010000000000000 """,
-        lambda request, _: requests.logging_report_untrusted(
-            requests.feature_untrusted(request).payload
-        ),
+        lambda request, _: abi.DmaLoggingReport.parse(requests.feature_untrusted(request).payload),
         {"iova": 0x200000, "length": 0x40000, "page_size": 4096},
         lambda server, request: server.reply(request, request.body, DIRTY),
         """ 0200 1000 38000000 01000000 00000000  28000000 08000100
@@ -467,7 +467,7 @@ def test_the_bytes_of_a_reply_mean_what_the_specification_says(exchange: Exchang
     reply = answered(end, octets(exchange.reply))
     assert (reply.msg_id, reply.command, reply.errno) == (out.msg_id, exchange.command, 0)
     assert plain(exchange.read_reply(reply)) == exchange.reply_means
-    assert end.outstanding == 0
+    assert outstanding(end) == 0
 
 
 @each

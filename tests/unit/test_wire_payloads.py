@@ -265,33 +265,6 @@ def test_dma(command: int, payload: bytes, result: object) -> None:
     assert found == result
 
 
-@pytest.mark.parametrize(
-    ("payload", "result"),
-    [
-        (struct.pack("<QII", 4096, 0, 0), (4096, [])),
-        (struct.pack("<QIIQQ", 4096, 1, 9, 5, 6), (4096, [(5, 6)])),
-        (struct.pack("<QIIQQQ", 4096, 1, 0, 5, 6, 7), (4096, [(5, 6)])),
-        (struct.pack("<QIIQ", 4096, 1, 0, 5), EINVAL),
-        (struct.pack("<QIIQQ", 4096, 2, 0, 5, 6), EINVAL),
-        (struct.pack("<QIIQQ", 4096, 0xFFFFFFFF, 0, 5, 6), EINVAL),
-        (struct.pack("<QI", 4096, 0), EINVAL),
-        (b"", EINVAL),
-    ],
-)
-def test_dma_logging_start(payload: bytes, result: object) -> None:
-    # A client could make libvfio-user read beyond the message by such a payload.
-    request = asked(agreed()[1], message(1, 16, struct.pack("<2I", 8, 0x20006) + payload))
-    feature = requests.feature_untrusted(request)
-    assert outcome(requests.logging_start_untrusted, feature.payload) == result  # type: ignore[arg-type]  # no message
-
-
-@pytest.mark.parametrize("size", [0, 8, 23])
-def test_dma_logging_report_says_what_is_asked(size: int) -> None:
-    request = asked(agreed()[1], message(1, 16, struct.pack("<2I", 8, 0x10008) + bytes(size)))
-    with pytest.raises(WireError):
-        requests.logging_report_untrusted(requests.feature_untrusted(request).payload)
-
-
 @pytest.mark.parametrize("command", [n for n in REQUEST_PARSERS if n not in {11, 12}])
 def test_a_refused_request_is_refused_by_whoever_reads_it(command: int) -> None:
     server = agreed()[1]

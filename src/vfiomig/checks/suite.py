@@ -211,7 +211,7 @@ class Suite:
             if isinstance(end, KeyboardInterrupt):
                 raise
         except (Broken, Inapplicable, RequestError, Stuck, Unrun) as reason:
-            log.info("%s was not saved beforehand: %s", self.name, reason)
+            log.warning("%s was not saved beforehand: %s", self.name, reason)
         self._open_if_closed()
 
     def _why_unrun(self, check: Check) -> str:

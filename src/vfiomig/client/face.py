@@ -116,18 +116,6 @@ class DeviceClient:
             raise self._failed("the query of its capabilities", failure) from None
         return Capability(answer.flags)
 
-    def require_migration(self) -> None:
-        """See that the device can migrate at all.
-
-        Raises:
-            RequestError: ENOTTY if not; the message says which layer keeps it from that.
-        """
-        if not self.capabilities:
-            raise RequestError(
-                errno.ENOTTY,
-                f"{self.name} cannot migrate: {diagnosis.why_no_migration(self.about)}",
-            )
-
     @property
     def state(self) -> State:
         """Where the device is now.

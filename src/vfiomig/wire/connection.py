@@ -325,11 +325,6 @@ class Connection(ReceiveBuffer):
         self._last_id = number
         return number
 
-    @property
-    def outstanding(self) -> int:
-        """How many requests have no reply yet."""
-        return len(self._outstanding)
-
 
 class ServerConnection(Connection):
     """The end of a device: it is asked, and asks for the client's memory."""

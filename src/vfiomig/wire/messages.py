@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vfiomig.abi import vfio_user
 from vfiomig.wire.receiving import NO_FDS
 
 if TYPE_CHECKING:
@@ -42,10 +41,6 @@ class Message:
 
 class Request(Message):
     """Something that the peer asks for."""
-
-    @property
-    def wants_reply(self) -> bool:
-        return not self.flags & vfio_user.VFIO_USER_NO_REPLY
 
 
 class Reply(Message):

@@ -19,7 +19,7 @@ from vfiomig.wire.layouts import DMA_ACCESS, MIG_DATA, RANGE, REGION_ACCESS, WRI
 from vfiomig.wire.messages import NOTHING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from vfiomig.wire.messages import Request
     from vfiomig.wire.version import Limits
@@ -67,13 +67,6 @@ class FeatureRequest(NamedTuple):
     argsz: int
     flags: int
     payload: memoryview
-
-
-class LoggingStart(NamedTuple):
-    """DMA_LOGGING_START without a pointer: (iova, length) of every range."""
-
-    page_size: int
-    ranges: list[tuple[int, int]]
 
 
 def _invalid(what: str) -> WireError:
@@ -234,26 +227,6 @@ def feature_untrusted(request: Request) -> FeatureRequest:
     return FeatureRequest(asked.argsz, asked.flags, request.body[asked.SIZE :])
 
 
-def logging_start_untrusted(payload: memoryview) -> LoggingStart:
-    """Read what DMA_LOGGING_START carries in DEVICE_FEATURE."""
-    control = vfio_user.DmaLoggingControl
-    if len(payload) < control.SIZE:
-        raise _invalid(f"DMA_LOGGING_START with {len(payload)} bytes")
-    asked = control.parse(payload)
-    rest = payload[control.SIZE :]
-    if len(rest) < asked.num_ranges * RANGE.size:
-        raise _invalid(f"DMA_LOGGING_START of {asked.num_ranges} ranges with {len(rest)} bytes")
-    ranges = [RANGE.unpack_from(rest, n * RANGE.size) for n in range(asked.num_ranges)]
-    return LoggingStart(asked.page_size, ranges)
-
-
-def logging_report_untrusted(payload: memoryview) -> vfio_user.DmaLoggingReport:
-    """Read what DMA_LOGGING_REPORT carries in DEVICE_FEATURE."""
-    if len(payload) < vfio_user.DmaLoggingReport.SIZE:
-        raise _invalid(f"DMA_LOGGING_REPORT with {len(payload)} bytes")
-    return vfio_user.DmaLoggingReport.parse(payload)
-
-
 def mig_data_untrusted(request: Request, limits: Limits) -> int:
     """Return how many bytes of state MIG_DATA_READ asks for, or MIG_DATA_WRITE brings."""
     if request.refusal is not None:
@@ -276,15 +249,6 @@ def precopy_info_untrusted(request: Request) -> vfio.PrecopyInfo:
 
 
 # Writing.
-
-
-def write_multi(writes: Sequence[tuple[int, int, bytes]]) -> bytes:
-    """Make the payload of REGION_WRITE_MULTI from (offset, region, at most 8 bytes)."""
-    made = bytearray(WRITE_MULTI.pack(len(writes)))
-    for offset, region, data in writes:
-        made += REGION_ACCESS.pack(offset, region, len(data))
-        made += data.ljust(WRITE_ONE_MOST, b"\0")
-    return bytes(made)
 
 
 def feature(flags: int, payload: bytes = b"", room: int = 0) -> bytes:
