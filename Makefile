@@ -48,7 +48,7 @@ test-all: platform compiler browser guests ## run every test that this machine c
 	@$(PYTEST) $(FAST) tests/browser tests/qemu tests/guest
 
 docs: .venv/.installed-run ## write the pages that are made from tables
-	@$(RUN) -m vfiomig.checks.page docs/checks.md
+	@$(RUN) -m vfiomig.checks.document docs/checks.md
 	@$(RUN) -m vfiomig.models.page docs/devices.md
 
 check: .venv/.installed-dev ## lint, formatting and types

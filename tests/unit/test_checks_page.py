@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vfiomig.checks import CHECKS, Levers
 from vfiomig.checks.dangers import DANGERS
-from vfiomig.checks.page import page
+from vfiomig.checks.document import page
 
 PAGE = Path(__file__).parents[2] / "docs/checks.md"
 

@@ -1,4 +1,4 @@
-"""docs/checks.md, written from the checks: ``python -m vfiomig.checks.page docs/checks.md``."""
+"""docs/checks.md, written from the checks: ``python -m vfiomig.checks.document docs/checks.md``."""
 
 from __future__ import annotations
 
