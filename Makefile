@@ -49,7 +49,7 @@ test-all: platform compiler browser guests ## run every test that this machine c
 
 docs: .venv/.installed-run ## write the pages that are made from tables
 	@$(RUN) -m vfiomig.checks.document docs/checks.md
-	@$(RUN) -m vfiomig.models.page docs/devices.md
+	@$(RUN) -m vfiomig.models.document docs/devices.md
 
 check: .venv/.installed-dev ## lint, formatting and types
 	@$(RUN) -m ruff check .

@@ -54,7 +54,8 @@ link_checkout() {
     echo ../../../../src >"$packages/vfiomig.pth"
     cat >.venv/bin/vfiomig <<'LAUNCHER'
 #!/bin/sh
-exec "$(dirname "$(readlink -f "$0")")/python" -P -m vfiomig "$@"
+program='import sys; from vfiomig_command import main; sys.exit(main())'
+exec "$(dirname "$(readlink -f "$0")")/python" -P -c "$program" "$@"
 LAUNCHER
     chmod +x .venv/bin/vfiomig
 }

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from readme_blocks import FENCE, TEXT, Block, blocks, same_for_everybody
-from vfiomig.models import page
+from vfiomig.models import document
 
 ROOT = Path(__file__).parents[2]
 LINKED = ("Makefile", "pyproject.toml", "requirements", "tools", "src", "examples", "docs")
@@ -115,7 +115,7 @@ def test_the_page_about_devices_does_what_it_says(checkout: Path, tmp_path: Path
 
 
 def test_the_tables_of_devices_are_what_the_verb_lists() -> None:
-    assert f"\n{page.tables()}\n" in DEVICES, "run make docs"
+    assert f"\n{document.tables()}\n" in DEVICES, "run make docs"
 
 
 LIMITS = """

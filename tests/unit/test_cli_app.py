@@ -144,6 +144,51 @@ def test_interrupting_the_process_leaves_no_traceback(tmp_path: Path) -> None:
     assert (process.returncode, errors) == (130, "")
 
 
+@pytest.mark.parametrize("module", ["vfiomig", "vfiomig.client", "cyclopts", "vfiomig.cli.app"])
+def test_interrupting_the_imports_of_the_command_leaves_no_traceback(module: str) -> None:
+    program = (
+        "import signal, sys, time\n"
+        "from vfiomig_command import main\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "            time.sleep(30)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "sys.argv = ['vfiomig', '--version']\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_the_command_leaves_an_interrupt_that_is_ignored_alone() -> None:
+    program = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from vfiomig_command import main\n"
+        "sys.argv = ['vfiomig', '--version']\n"
+        "main()\n"
+        "print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "True"
+
+
 @pytest.mark.parametrize(
     "arguments", [["draw"], ["check", "--list"], ["info", "model:counter"]], ids=" ".join
 )

@@ -37,7 +37,7 @@ def test_the_wheel_has_every_module_the_licence_and_the_command(wheel: Path) -> 
     }
     assert modules <= inside
     assert any(name.endswith("licenses/LICENSE") for name in inside)
-    assert "vfiomig = vfiomig.__main__:main" in commands
+    assert "vfiomig = vfiomig_command:main" in commands
     assert "[pytest11]\nvfiomig = vfiomig_pytest" in commands
 
 

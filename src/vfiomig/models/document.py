@@ -1,4 +1,4 @@
-"""The tables of docs/devices.md: ``python -m vfiomig.models.page docs/devices.md``."""
+"""The tables of docs/devices.md: ``python -m vfiomig.models.document docs/devices.md``."""
 
 from __future__ import annotations
 
