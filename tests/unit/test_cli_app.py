@@ -54,6 +54,18 @@ def vfiomig(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
+def python(program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that begins without anything of vfiomig."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
 @pytest.fixture
 def verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Verb, ...]]:
     """Return verbs whose functions come from a module of the test's own."""
@@ -158,14 +170,7 @@ def test_interrupting_the_imports_of_the_command_leaves_no_traceback(module: str
         "sys.argv = ['vfiomig', '--version']\n"
         "sys.exit(main())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
+    done = python(program)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
@@ -178,14 +183,7 @@ def test_the_command_leaves_an_interrupt_that_is_ignored_alone() -> None:
         "main()\n"
         "print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=True,
-    )
+    done = python(program)
     assert done.stdout.splitlines()[-1] == "True"
 
 
@@ -267,14 +265,7 @@ def test_help_imports_no_verb() -> None:
         "loaded = [v.name for v in VERBS if v.target.partition(':')[0] in sys.modules]; "
         "print('loaded:', loaded)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=True,
-    )
+    done = python(program)
     assert done.stdout.splitlines()[-1] == "loaded: []"
 
 

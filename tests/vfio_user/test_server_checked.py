@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vfiomig.abi.vfio_user import VFIO_USER_DEVICE_RESET
-from vfiomig.checks import Suite, choose
+from vfiomig.checks import Suite, Verdict, choose
 from vfiomig.checks.raw import Raw, Reply
 from vfiomig.cli.app import main
 from vfiomig.client import target_maker
@@ -65,6 +65,24 @@ def test_a_device_that_no_reset_lets_forget_a_bad_load_is_lost(
     with Server(make("pattern,size=64K"), path, behaviour=behaviour):
         assert main(["check", f"vfio-user:{path}", "--only", "resuming"]) == 2
     assert "start the server again" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_device_whose_state_is_too_long_to_be_kept_is_not_saved_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        Server(make("pattern,size=64K"), tmp_path / "s", behaviour=LIBVFIO_USER),
+        Suite(target_maker(f"vfio-user:{tmp_path / 's'}"), state_limit=1024) as suite,
+    ):
+        report = suite.run(
+            choose([f"reset.from-{state}" for state in ("stop", "resuming", "pre-copy")])
+        )
+    assert "was not saved beforehand: its state is longer than 1024 bytes" in caplog.text
+    stopped, resuming, after = report.results
+    assert stopped.verdict is Verdict.DEVIATES
+    assert (resuming.verdict, resuming.saw) == (Verdict.FAIL, "RESET: EINVAL")
+    assert after.verdict is Verdict.NOT_RUN
+    assert "start the server again" in report.lost
 
 
 RESET, GET = "RESET", "GET"
