@@ -83,6 +83,15 @@ def _sentences(before: Snapshot, now: Snapshot) -> list[str]:
     ]
 
 
+def is_open(number: int) -> bool:
+    """Tell whether a descriptor is there."""
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
 def _descriptors() -> frozenset[tuple[int, str]]:
     found = set()
     for link in Path("/proc/self/fd").iterdir():

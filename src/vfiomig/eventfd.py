@@ -25,7 +25,7 @@ from typing import Final
 
 from vfiomig.abi import aio
 from vfiomig.abi.syscalls import X86_64
-from vfiomig.descriptors import Fd
+from vfiomig.descriptors import Fd, poll_until
 
 __all__ = ("EventFd",)
 
@@ -108,11 +108,8 @@ class EventFd(Fd):
     def signal(self) -> None:
         """Add one. A counter at its maximum stays there: this never waits."""
         number = self.fileno()
-        if not _requests.submit(self._pointer):
-            poller = select.poll()
-            poller.register(number, select.POLLOUT)
-            if poller.poll(0):
-                os.eventfd_write(number, 1)
+        if not _requests.submit(self._pointer) and poll_until(number, select.POLLOUT, 0):
+            os.eventfd_write(number, 1)
 
     def take(self) -> bool:
         """Return the counter to zero without waiting; tell whether it was above."""

@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 # Reset.
 
 
+def refuse_reset(bench: Bench, state: State) -> None:
+    original = Migration.reset
+    bench.patch(
+        Migration, "reset", lambda mine: errno.EIO if mine._state is state else original(mine)
+    )
+
+
 @mutant("RESET-1", "reset.from-stop", others=1)
 def a_reset_of_a_stopped_device_leaves_it_stopped(bench: Bench) -> None:
     original = Migration.reset
@@ -60,12 +67,7 @@ def a_reset_leaves_the_load_open(bench: Bench) -> None:
 
 @mutant("ERROR-6", "reset.from-error")
 def a_reset_does_not_lead_out_of_error(bench: Bench) -> None:
-    original = Migration.reset
-    bench.patch(
-        Migration,
-        "reset",
-        lambda mine: errno.EIO if mine._state is State.ERROR else original(mine),
-    )
+    refuse_reset(bench, State.ERROR)
 
 
 @mutant("RESET-1", "reset.a-second-reset-is-as-good", others=3)
@@ -106,12 +108,7 @@ for _state, _others in (
 
 @mutant("RESET-1", "reset.from-running", others=4)
 def only_a_device_that_does_not_run_can_be_reset(bench: Bench) -> None:
-    original = Migration.reset
-    bench.patch(
-        Migration,
-        "reset",
-        lambda mine: errno.EIO if mine._state is State.RUNNING else original(mine),
-    )
+    refuse_reset(bench, State.RUNNING)
 
 
 @mutant("RESET-2", "reset.after-a-reset-a-whole-session-works")

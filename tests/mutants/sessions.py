@@ -338,24 +338,22 @@ def a_close_in_a_session_spoils_the_next_load(bench: Bench) -> None:
 # Two threads.
 
 
+class Slow(Drilled):
+    """Each arc leaves time for another request to meet it."""
+
+    def step(self, origin: State, target: State) -> None:
+        super().step(origin, target)
+        time.sleep(0.002)
+
+
 @mutant("FAIL-1", "threads.a-query-sees-no-state-between")
 def a_query_does_not_wait_for_the_walk(bench: Bench) -> None:
-    class Slow(Drilled):
-        def step(self, origin: State, target: State) -> None:
-            super().step(origin, target)
-            time.sleep(0.002)
-
     bench.device = Slow
     bench.patch(Migration, "state", lambda mine, *blocks: mine._state)
 
 
 @mutant("FAIL-1", "threads.two-changes-of-state-happen-one-after-the-other", others=1)
 def a_request_beside_another_is_refused(bench: Bench) -> None:
-    class Slow(Drilled):
-        def step(self, origin: State, target: State) -> None:
-            super().step(origin, target)
-            time.sleep(0.002)
-
     def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
         if look(number, argument) == (16, SET_STATE) and bench.migration._state_lock.locked():
             return end(errno.EBUSY)
@@ -368,12 +366,6 @@ def a_request_beside_another_is_refused(bench: Bench) -> None:
 @mutant("RESET-6", "reset.a-reset-may-meet-a-change-of-state", others=2, deadline=3.0)
 def a_reset_beside_a_request_forgets_the_session(bench: Bench) -> None:
     """RUNNING, and the session of the request that it met is alive."""
-
-    class Slow(Drilled):
-        def step(self, origin: State, target: State) -> None:
-            super().step(origin, target)
-            time.sleep(0.002)
-
     original = Migration._reset_locked
 
     def reset_locked(mine: Migration) -> int:

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 
+from leftovers import is_open
 from vfiomig.descriptors import (
     RIGHTS_ROOM,
     Fd,
@@ -20,14 +21,6 @@ from vfiomig.descriptors import (
     reopen,
     rights,
 )
-
-
-def is_open(number: int) -> bool:
-    try:
-        os.fstat(number)
-    except OSError:
-        return False
-    return True
 
 
 def test_leaving_the_block_closes_the_descriptor() -> None:

@@ -11,20 +11,13 @@ import threading
 
 import pytest
 
+from leftovers import is_open
 from vfiomig import eventfd as eventfd_module
 from vfiomig.eventfd import EventFd, _Requests
 
 #: As far as a writer can fill a counter.
 FULL = (1 << 64) - 2
 MANY = 64
-
-
-def is_open(number: int) -> bool:
-    try:
-        os.fstat(number)
-    except OSError:
-        return False
-    return True
 
 
 def test_an_eventfd_counts_signals_until_it_is_taken() -> None:

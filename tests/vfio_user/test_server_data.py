@@ -109,6 +109,16 @@ def give(client: Raw, data: bytes) -> int:
     return client.send(MIG_DATA_WRITE, struct.pack("<II", 8 + len(data), len(data)) + data)
 
 
+def expect_woken(client: Raw, numbers: list[int]) -> None:
+    """Receive ENODEV for each of these requests, in whatever order."""
+    left = set(numbers)
+    for _ in numbers:
+        woken = client.receive()
+        assert woken is not None
+        left.remove(woken.msg_id)
+        assert woken.errno == errno.ENODEV
+
+
 def expect(client: Raw, number: int) -> Message:
     message = client.receive()
     assert message is not None
@@ -242,14 +252,10 @@ def test_a_read_that_waits_holds_nothing_up(waiting: Waiting) -> None:
 def test_whatever_ends_the_session_wakes_the_reads_that_wait(waiting: Waiting, how: int) -> None:
     with client_of(waiting) as client:
         assert client.set_state(STOP_COPY) == 0
-        numbers = {ask(client, 100), ask(client, 100), ask(client, 3)}
+        numbers = [ask(client, 100), ask(client, 100), ask(client, 3)]
         assert waiting.waits.wait(SECONDS)
         ending = client.send(RESET) if how == RESET else set_state(client, how)
-        for _ in range(3):
-            woken = client.receive()
-            assert woken is not None
-            numbers.remove(woken.msg_id)
-            assert woken.errno == errno.ENODEV
+        expect_woken(client, numbers)
         waiting.go.set()
         assert expect(client, ending).errno == 0
         assert client.state() == (RUNNING if how == RESET else how)
@@ -350,14 +356,10 @@ def test_a_write_that_waits_holds_nothing_up(waiting: Waiting) -> None:
 def test_a_reset_wakes_the_writes_that_wait(waiting: Waiting) -> None:
     with client_of(waiting) as client:
         assert client.set_state(RESUMING) == 0
-        numbers = {give(client, b"first" + b"x" * 50_000), give(client, b"x" * 50_000)}
+        numbers = [give(client, b"first" + b"x" * 50_000), give(client, b"x" * 50_000)]
         assert waiting.waits.wait(SECONDS)
         ending = client.send(RESET)
-        for _ in range(2):
-            woken = client.receive()
-            assert woken is not None
-            numbers.remove(woken.msg_id)
-            assert woken.errno == errno.ENODEV
+        expect_woken(client, numbers)
         waiting.go.set()
         assert expect(client, ending).errno == 0
 

@@ -60,7 +60,7 @@ class Beside(Generic[R]):
     def result(self, what: str) -> R:
         """Return what the call returned; ``Broken`` if it does not end in time."""
         if not self.wait():
-            self._subject.evidence.expect_that(what, False, "an end in time", "still under way")
+            self._subject.evidence.still_under_way(what)
         if self._problem is not None:
             raise self._problem
         return self._result[0]

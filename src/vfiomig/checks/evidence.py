@@ -20,8 +20,10 @@ from vfiomig.fsm import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
+    from typing import NoReturn
 
 __all__ = (
+    "END_IN_TIME",
     "Broken",
     "Evidence",
     "Gone",
@@ -38,6 +40,8 @@ T = TypeVar("T")
 
 #: What a check is at before its first step.
 BEFORE = "bringing the device to RUNNING"
+#: What is expected of everything that a check waits for.
+END_IN_TIME = "an end in time"
 #: Steps and comparisons beyond these are told by their number.
 MOST_STEPS = 40
 MOST_COMPARISONS = 16
@@ -157,6 +161,11 @@ class Evidence:
         self._note(what, wanted, saw)
         if not holds:
             raise Broken
+
+    def still_under_way(self, what: str) -> NoReturn:
+        """Note what has had no end in time."""
+        self._note(what, END_IN_TIME, "still under way")
+        raise Broken
 
     def prefer(self, what: str, holds: object, wanted: str, saw: str, rule: str) -> None:
         """Note what a device may leave out: if it does, it deviates."""

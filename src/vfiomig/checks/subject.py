@@ -438,9 +438,7 @@ class Subject:
 
     def check_deadline(self) -> None:
         if self.left <= 0:
-            self.evidence.expect_that(
-                f"{self.evidence.last_step}", False, "an end in time", "still under way"
-            )
+            self.evidence.still_under_way(self.evidence.last_step)
 
     # The two ends of a check.
 

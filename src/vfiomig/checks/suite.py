@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfiomig.checks.check import Levers
-from vfiomig.checks.evidence import Broken, Gone, Inapplicable, Stuck, Unrun, Verdict
+from vfiomig.checks.evidence import END_IN_TIME, Broken, Gone, Inapplicable, Stuck, Unrun, Verdict
 from vfiomig.checks.stream import STATE_LIMIT
 from vfiomig.checks.subject import Subject
 from vfiomig.checks.target import Hung, Target, in_time
@@ -49,7 +49,6 @@ log = logging.getLogger("vfiomig.checks")
 
 #: What a result says when a check itself, or a lever of the device, does not work.
 BUG = "the check itself failed; please report it"
-END_IN_TIME = "an end in time"
 INTERRUPTED = "the run was interrupted"
 #: Seconds that a check may take.
 DEADLINE = 20.0

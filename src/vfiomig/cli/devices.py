@@ -51,7 +51,7 @@ def devices(
         about = " ".join(said.about.split())
         console.print(f"{name}: {about}" if about else name)
         _show(console, said.keys)
-    console.print("Every device, yours as well:")
+    console.print(f"{COMMON.about}:")
     _show(console, COMMON.keys)
 
 

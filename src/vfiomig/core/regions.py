@@ -292,20 +292,23 @@ def memory_size(device: Device) -> int:
 
 def may_map(device: Device, offset: int, length: int, *, shared: bool) -> bool:
     """Tell whether a program may map these bytes: shared, and all of them in mapped pages."""
-    index = offset - (OFFSET_TAG << 56) >> INDEX_SHIFT
-    region = device.regions.get(index)
+    region = device.regions.get(_mapped_index(offset))
     if region is None or not shared or not length or offset % PAGE:
         return False
-    return pages_lie_in(region.mapped, offset - region_offset(index), length)
+    return pages_lie_in(region.mapped, offset & INSIDE, length)
 
 
 def view(device: Device, offset: int, length: int) -> memoryview:
     """Return such memory, of a device that nobody else has mapped: its own, where it stays."""
     if length <= 0 or not may_map(device, offset, length, shared=True):
         raise OSError(errno.EINVAL, "these are not pages that may be mapped")
-    index = offset - (OFFSET_TAG << 56) >> INDEX_SHIFT
-    at = offset - region_offset(index)
-    return memoryview(device.regions[index].memory(device))[at : at + length]
+    region, at = device.regions[_mapped_index(offset)], offset & INSIDE
+    return memoryview(region.memory(device))[at : at + length]
+
+
+def _mapped_index(offset: int) -> int:
+    """The region that is mapped at ``offset``: only those that carry the tag can be."""
+    return offset - (OFFSET_TAG << 56) >> INDEX_SHIFT
 
 
 def pages_lie_in(ranges: tuple[tuple[int, int], ...], at: int, length: int) -> bool:

@@ -107,12 +107,7 @@ class DmaPort:
             space = table.space
             with space.lock:
                 mapping = space.find_locked(iova, length)
-                if (
-                    mapping is not None
-                    and mapping.readable
-                    and not mapping.asks_user
-                    and self.table is table
-                ):
+                if mapping is not None and mapping.reads_at_once and self.table is table:
                     try:
                         return mapping.memory.read(iova + mapping.shift, length)
                     except OSError as fault:
@@ -134,12 +129,7 @@ class DmaPort:
             space = table.space
             with space.lock:
                 mapping = space.find_locked(iova, length)
-                if (
-                    mapping is not None
-                    and mapping.readable
-                    and not mapping.asks_user
-                    and self.table is table
-                ):
+                if mapping is not None and mapping.reads_at_once and self.table is table:
                     try:
                         _fill(mapping.memory, iova + mapping.shift, view)
                     except OSError as fault:
@@ -159,12 +149,7 @@ class DmaPort:
             space = table.space
             with space.lock:
                 mapping = space.find_locked(iova, length)
-                if (
-                    mapping is not None
-                    and mapping.writable
-                    and not mapping.asks_user
-                    and self.table is table
-                ):
+                if mapping is not None and mapping.writes_at_once and self.table is table:
                     try:
                         mapping.memory.write(iova + mapping.shift, data)
                     except OSError as fault:

@@ -74,9 +74,14 @@ class Mapping:
     asks_user: bool = False
     #: What an IOVA and its address differ by.
     shift: int = field(init=False)
+    #: Whether an access may be made under the lock, as it is allowed and asks nobody.
+    reads_at_once: bool = field(init=False)
+    writes_at_once: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shift", self.address - self.iova)
+        object.__setattr__(self, "reads_at_once", self.readable and not self.asks_user)
+        object.__setattr__(self, "writes_at_once", self.writable and not self.asks_user)
         if self.may_write is None:
             object.__setattr__(self, "may_write", self.writable)
 
