@@ -5,14 +5,16 @@ from __future__ import annotations
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from in_process import wait_until
 from vfiomig.client.vfio_user.channel import Channel
 from vfiomig.client.vfio_user.connecting import OURS, greet
-from vfiomig.client.vfio_user.stream import Stream
+from vfiomig.client.vfio_user.stream import Stream, _wait
 from vfiomig.wire import ClientConnection
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 HEADER = struct.Struct("<HHIII")
 REQUEST, REPLY, ERROR = 0, 1, 0x20
 DEADLINE = 10.0
+#: Where a client's thread waits: for what comes, or for another thread that receives it.
+WAITS = (_wait.__code__, threading.Condition.wait.__code__)
 
 
 class Raw(NamedTuple):
@@ -105,11 +109,17 @@ class InThread(threading.Thread):
 
 @contextmanager
 def interrupted_when(ready: Callable[[], object]) -> Iterator[None]:
-    """Have Ctrl-C pressed in the middle of the block, as soon as ``ready`` returns."""
+    """Have Ctrl-C pressed in the middle of the block, when ``ready`` returned and it waits.
+
+    A message may be seen here before whoever sent it has taken note that it went, and bytes may
+    be in a buffer before they are counted. A client that is interrupted there gives the connection
+    up, and rightly; these tests are about one that waits.
+    """
     me = threading.get_ident()
 
     def press() -> None:
         ready()
+        wait_until(lambda: sys._current_frames()[me].f_code in WAITS)
         signal.pthread_kill(me, signal.SIGINT)
 
     former = signal.signal(signal.SIGINT, signal.default_int_handler)

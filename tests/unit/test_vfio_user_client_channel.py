@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from raw_peer import ERROR, REPLY, InThread, Raw, RawPeer, interrupted_when, message, raw_peer
+from in_process import wait_until
+from raw_peer import (
+    ERROR,
+    HEADER,
+    REPLY,
+    InThread,
+    Raw,
+    RawPeer,
+    interrupted_when,
+    message,
+    raw_peer,
+)
 from vfiomig.client.vfio_user.channel import done
 from vfiomig.descriptors import rights
 from vfiomig.errors import RequestError
@@ -167,6 +178,11 @@ def test_ctrl_c_ends_the_wait_and_not_the_connection() -> None:
         assert asking.result() == number(2)
 
 
+CUT = 100_000
+#: The data before the cut, which the headers of the message and of the data come before.
+CAME = slice(0, CUT - HEADER.size - MIG_DATA.size)
+
+
 def test_ctrl_c_in_the_middle_of_data_drops_the_rest_of_them() -> None:
     state = os.urandom(1 << 20)
     with raw_peer() as (channel, peer):
@@ -175,15 +191,14 @@ def test_ctrl_c_in_the_middle_of_data_drops_the_rest_of_them() -> None:
 
         def begin() -> None:
             request = peer.receive()
-            peer.send(message(READ, body, request.msg_id, REPLY)[:100_000])
-            # When it has taken all that was sent, it waits for more.
-            wait_until(lambda: buffer[99_000:99_010] != bytes(10))
+            peer.send(message(READ, body, request.msg_id, REPLY)[:CUT])
+            wait_until(lambda: buffer[CAME] == state[CAME])
 
         with interrupted_when(begin):
             read(channel, buffer)
         there = bytes(buffer)
         asking = InThread(partial(feature, channel, 2))
-        peer.send((bytes(16) + body)[100_000:])
+        peer.send((bytes(HEADER.size) + body)[CUT:])
         answer_feature(peer, peer.receive())
         assert asking.result() == number(2)
         assert buffer == there, "the buffer is its owner's again"
@@ -200,12 +215,12 @@ def test_a_receiver_that_is_interrupted_leaves_anothers_data_to_who_comes_next()
             peer.receive()  # the main thread's, which receives from now on
             reading.append(InThread(partial(read, channel, buffer)))
             request = peer.receive()
-            peer.send(message(READ, body, request.msg_id, REPLY)[:100_000])
-            wait_until(lambda: buffer[99_000:99_010] != bytes(10))
+            peer.send(message(READ, body, request.msg_id, REPLY)[:CUT])
+            wait_until(lambda: buffer[CAME] == state[CAME])
 
         with interrupted_when(begin):
             call(channel)
-        peer.send((bytes(16) + body)[100_000:])
+        peer.send((bytes(HEADER.size) + body)[CUT:])
         assert reading[0].result() == len(state)
         assert buffer == state
 
@@ -220,13 +235,6 @@ def test_an_interrupt_while_another_receives_harms_nobody() -> None:
         answer_feature(peer, second[0])
         answer_feature(peer, first)
         assert receiving.result() == number(1)
-
-
-def wait_until(condition: object) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 # How it ends.

@@ -7,7 +7,6 @@ import errno
 import mmap
 import os
 import threading
-import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +15,7 @@ import pytest
 import vfiomig
 from c_style_server import CStyleServer, Options
 from devices import engine
+from in_process import wait_until
 from raw_peer import InThread
 from vfiomig.abi import iommufd, vfio
 from vfiomig.client import dirty_ranges
@@ -23,7 +23,7 @@ from vfiomig.doors.vfio_user import Server
 from vfiomig.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from vfiomig import DeviceClient
@@ -58,13 +58,6 @@ def opened(tmp_path: Path) -> Iterator[Opened]:
     with Server(device, path), vfiomig.open(f"vfio-user:{path}", timeout=SECONDS) as dev:
         dev.set_bus_master(True)
         yield Opened(dev, device)
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.001)
 
 
 def private(size: int) -> mmap.mmap:
