@@ -353,6 +353,28 @@ def test_a_write_that_waits_holds_nothing_up(waiting: Waiting) -> None:
         assert expect(client, number).errno == 0
 
 
+def test_a_short_write_that_waits_is_not_changed_by_what_comes_after_it() -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    class Slow(Pieces):
+        def load(self, state: StateReader) -> None:
+            begun.set()
+            assert go.wait(SECONDS)
+            super().load(state)
+
+    device = Slow()
+    with client_of(device) as client:
+        assert client.set_state(RESUMING) == 0
+        number = give(client, b"short")
+        assert begun.wait(SECONDS)
+        for _ in range(2):  # the second one comes after the first was answered, so by itself
+            client.good(GET_INFO, struct.pack("<4I", 16, *(3 * [0xFFFFFFFF])))
+        go.set()
+        assert expect(client, number).errno == 0
+        assert client.set_state(STOP) == 0
+    assert device.loaded == b"short"
+
+
 def test_a_reset_wakes_the_writes_that_wait(waiting: Waiting) -> None:
     with client_of(waiting) as client:
         assert client.set_state(RESUMING) == 0

@@ -13,7 +13,8 @@ bytes are sent as the device has for now, up to what was asked for.
 
 A write's bytes are still in the socket when the session gets it. ``move`` receives them where the
 device wants them, in whichever thread that is. If the device does not want them soon they are
-received into a buffer, once, because what stands behind them in the socket must be reached.
+received into a buffer, once, because what stands behind them in the socket must be reached, and
+because those that came along with the head lie where the next message will.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ class StateData:
 
     def write(self, migf: Migf, request: Request, size: int) -> None:
         """Answer MIG_DATA_WRITE, now or later; its bytes are out of the socket afterwards."""
-        if len(self._pending) >= PENDING:
-            request.data = self.line.data_of(request)
-            self.line.lend()
         transfer = WriteTransfer(self, request, size)
+        if len(self._pending) >= PENDING:
+            transfer.stage()
+            self.line.lend()
         self._submit(transfer, migf)
-        if transfer.in_socket:
+        if not transfer.answered:
             transfer.settle()
 
     def _submit(self, transfer: ReadTransfer | WriteTransfer, migf: Migf) -> None:
@@ -207,7 +208,7 @@ class WriteTransfer:
         return at
 
     def settle(self) -> None:
-        """Get the bytes out of the socket: the device takes them, or a buffer.
+        """Get the bytes out of where others are received: the device takes them, or a buffer.
 
         What nobody wants any more is dropped with the next message.
         """
@@ -217,10 +218,19 @@ class WriteTransfer:
                 left = self.in_socket
                 self._progress.wait(SOON)
                 if self.in_socket == left and not self.answered:
-                    self._stage()
+                    self._stage_locked()
             self._progress = None
+            if self._here and not self.answered:
+                self._stage_locked()
 
-    def _stage(self) -> None:
+    def stage(self) -> None:
+        """Get the bytes into a buffer."""
+        with self._lock:
+            self._stage_locked()
+
+    def _stage_locked(self) -> None:
+        if self._buffer is not None:
+            return
         self._buffer = self._data.buffer(self.size)
         view = memoryview(self._buffer)
         size = len(self._here)
