@@ -191,6 +191,12 @@ def test_only_files_of_memory_are_mapped(iommu: Iommu) -> None:
             assert result == (errno.EINVAL, 0)
 
 
+def test_the_path_of_a_file_is_no_access_to_it(iommu: Iommu, memfd: Fd) -> None:
+    ioas = iommu.alloc()
+    with Fd(os.open(f"/proc/self/fd/{memfd.fileno()}", os.O_PATH | os.O_CLOEXEC)) as path:
+        assert iommu.map_file(ioas, path.fileno(), flags=FIXED | READABLE) == (errno.EBADF, 0)
+
+
 def test_a_file_mapping_leads_to_the_file(iommu: Iommu, program: Program, memfd: Fd) -> None:
     ioas, dma = iommu.alloc(), program.served.device.dma
     program.ioctl(ATTACH, words(12, 0, ioas))

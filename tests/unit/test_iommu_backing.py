@@ -18,7 +18,12 @@ from in_process import PAGE
 from vfiomig.descriptors import Fd, create_sealed_memfd
 from vfiomig.errors import DeviceError
 from vfiomig.iommu import Backings, DmaPort, IoSpace, Mapping, Place
-from vfiomig.iommu.backing import FileMemory, ShrinkingFileMemory, shared_file
+from vfiomig.iommu.backing import (
+    FileMemory,
+    ShrinkingFileMemory,
+    open_file_behind,
+    shared_file,
+)
 from vfiomig.memory import MemoryFault, ProcessGone, ProgramMemory
 
 if TYPE_CHECKING:
@@ -125,6 +130,21 @@ def test_a_file_that_can_shrink_is_reached_by_calls_that_fail_instead(memfd: Fd)
         assert os.pread(memfd.fileno(), 2, PAGE - 2) == b"ab"
         assert memory.read_into(place.address + PAGE - 2, memoryview(bytearray(4))) == 2
         assert memory.read_into(place.address + PAGE, memoryview(bytearray(4))) == 0
+
+
+@pytest.mark.parametrize(("writable", "access"), [(False, os.O_RDONLY), (True, os.O_RDWR)])
+def test_a_descriptor_for_somebody_else_allows_no_more_than_is_wanted(
+    memfd: Fd, writable: bool, access: int
+) -> None:
+    with mmap.mmap(memfd.fileno(), MIB) as content:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(content))
+        found = open_file_behind(address + PAGE, PAGE, writable=writable)
+        assert found is not None
+        fd, offset = found
+        with fd:
+            assert os.fstat(fd.fileno()).st_ino == os.fstat(memfd.fileno()).st_ino
+            assert fcntl.fcntl(fd.fileno(), fcntl.F_GETFL) & os.O_ACCMODE == access
+        assert offset == PAGE
 
 
 @pytest.mark.parametrize("flags", [mmap.MAP_PRIVATE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS])

@@ -165,6 +165,21 @@ def test_what_cannot_be_mapped_is_an_errno_and_maps_nothing(client: Raw) -> None
         client.good(DMA_MAP, map_body(IOVA, PAGE), [memory.fileno()])
 
 
+@pytest.mark.parametrize(
+    ("access", "number"), [(os.O_PATH, errno.EBADF), (os.O_WRONLY, errno.EACCES)]
+)
+def test_a_file_that_the_client_may_not_read_is_not_read_for_it(
+    client: Raw, tmp_path: Path, access: int, number: int
+) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(bytes(PAGE))
+    with Fd(os.open(path, access | os.O_CLOEXEC)) as file:
+        for flags in (R, W):
+            body = map_body(IOVA, PAGE, flags=flags)
+            assert client.call(DMA_MAP, body, [file.fileno()]).errno == number
+    assert work(client, IOVA, 8, READ) == FAILED
+
+
 def test_overlaps_are_eexist_and_unmapping_takes_one_mapping_or_all(client: Raw) -> None:
     with create_memory(8 * PAGE) as memory:
         for at in (0, 2, 4):

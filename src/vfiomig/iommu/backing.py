@@ -164,15 +164,22 @@ class Backings:
     ) -> Place:
         """Find a part of the file that a program named.
 
-        ``any_file``: one of a disk will do as well.
+        ``any_file``: one of a disk will do as well, if the descriptor could be mapped.
 
         Raises:
-            OSError: EINVAL (a file of no kind that is memory, or it ends before), EPERM.
+            OSError: EBADF (O_PATH), EINVAL (a file of no kind that is memory, or it ends before),
+                EPERM, EACCES.
         """
+        # The file is opened anew, and whoever named it shall reach no more of it than before.
+        mode = fcntl.fcntl(fd.fileno(), fcntl.F_GETFL)
+        if mode & os.O_PATH:
+            raise RequestError(errno.EBADF, "the descriptor is for the file's path only")
+        if any_file and mode & os.O_ACCMODE == os.O_WRONLY:
+            raise RequestError(errno.EACCES, "the descriptor is for writing only")
         on_disk = any_file and stat.S_ISREG(os.fstat(fd.fileno()).st_mode)
         if not on_disk and not _is_memory(fd.fileno()):
             raise RequestError(errno.EINVAL, "the file is none of a tmpfs or hugetlbfs")
-        if writable and _access(fd.fileno()) == os.O_RDONLY:
+        if writable and mode & os.O_ACCMODE == os.O_RDONLY:
             raise RequestError(errno.EPERM, "the descriptor is for reading only")
         status = os.fstat(fd.fileno())
         if offset + length > status.st_size:
@@ -236,15 +243,17 @@ def _map_first(
 def open_file_behind(address: int, length: int, *, writable: bool) -> tuple[Fd, int] | None:
     """Open the shared file behind a range of this process's memory; return the offset there too.
 
-    ``None`` where the range is no one file's, or no descriptor leads to it any more.
+    The descriptor is for writing only if that is wanted: it is for somebody else. ``None`` where
+    the range is no one file's, or no descriptor leads to it any more.
     """
+    access = os.O_RDWR if writable else os.O_RDONLY
     process = os.getpid()
     segment = shared_file(read_maps(process), address, length)
     if segment is None:
         return None
     for path in _paths(process, segment):
         with suppress(OSError):
-            fd = _open(path, writable=writable)
+            fd = Fd(os.open(path, access | os.O_CLOEXEC))
             status = os.fstat(fd.fileno())
             if (status.st_dev, status.st_ino) == segment[4:6]:
                 return fd, segment.offset + address - segment.low
