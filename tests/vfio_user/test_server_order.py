@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import socket
 import struct
 import threading
 import time
@@ -27,7 +28,9 @@ from raw_vfio_user import (
     STATE,
     STOP,
     STOP_COPY,
+    Raw,
     client_of,
+    served,
 )
 from suite_devices import Bell, Card
 from vfiomig import Device, Region, State
@@ -35,6 +38,8 @@ from vfiomig.models.pattern import Pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import pytest
 
     from vfiomig import StateReader
 
@@ -182,3 +187,22 @@ def test_descriptors_that_find_no_room_here_fail_their_request_and_nothing_else(
         assert client.call(SET_IRQS, body, eventfds).errno == 0
     for fd in eventfds:
         os.close(fd)
+
+
+def test_a_client_for_whom_no_descriptor_is_left_is_turned_away_and_the_next_is_served(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with served(Bell()) as path, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(10)
+        lowest = os.dup(sock.fileno())
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, hard))  # its socket and no more
+        try:
+            sock.connect(path)
+            assert sock.recv(1) == b""
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert "a client is turned away" in caplog.text
+        with Raw.connect(path) as client:
+            assert client.state() == RUNNING

@@ -180,7 +180,13 @@ class Server:
 
     def _serve(self, client: socket.socket) -> None:
         """Serve one client to its end, whatever it does."""
-        with Visit(self.served, client, self._behaviour, self._trace) as visit:
+        try:
+            begun = Visit(self.served, client, self._behaviour, self._trace)
+        except OSError as failure:
+            client.close()
+            log.warning("a client is turned away: %s", failure.strerror)
+            return
+        with begun as visit:
             with self._lock:
                 self._visit = visit
                 if self._over:
