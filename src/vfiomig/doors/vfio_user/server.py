@@ -183,8 +183,8 @@ class Server:
         try:
             begun = Visit(self.served, client, self._behaviour, self._trace)
         except OSError as failure:
-            client.close()
             log.warning("a client is turned away: %s", failure.strerror)
+            client.close()
             return
         with begun as visit:
             with self._lock:
