@@ -244,7 +244,7 @@ def facts(kernel: tuple[int, ...], identity: tuple[int, int] | None) -> Facts:
     ("kernel", "threatened"),
     [
         ((), False),  # a call in this process
-        ((6, 1, 0), False),  # no PRE_COPY yet
+        ((5, 14, 0), True),  # PRE_COPY came to it from a later one
         ((6, 2, 0), True),
         (DEBIAN_12, True),
         (DEBIAN_13, False),
@@ -255,7 +255,9 @@ def facts(kernel: tuple[int, ...], identity: tuple[int, int] | None) -> Facts:
 def test_blocked_pairs_are_for_kernels_that_let_go_of_them(
     kernel: tuple[int, ...], threatened: bool
 ) -> None:
-    assert BLOCKED_PAIR.threatens(facts(kernel, MLX5)) is threatened
+    found = facts(kernel, MLX5)
+    assert BLOCKED_PAIR.threatens(found) is threatened
+    assert not BLOCKED_PAIR.threatens(replace(found, capabilities=Capability(3)))  # refused before
 
 
 def test_what_crashes_one_driver_is_dangerous_there_and_where_the_driver_is_unknown() -> None:

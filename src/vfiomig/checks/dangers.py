@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from vfiomig.fsm import Capability
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -23,8 +25,6 @@ VIRTIO_VENDOR: Final = 0x1AF4
 FIXED: Final[dict[tuple[int, ...], tuple[int, ...]]] = {(6, 12): (6, 12, 117)}
 #: Every series from here on does.
 FIXED_SINCE: Final = (7, 3)
-#: Before this release there is no PRE_COPY.
-FIRST_WITH_PRE_COPY: Final = (6, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +36,21 @@ class Danger:
     threatens: Callable[[Facts], bool]
 
 
-def _lets_go_of_blocked_pairs(release: tuple[int, ...]) -> bool:
-    if release < FIRST_WITH_PRE_COPY or release >= FIXED_SINCE:
-        return True
-    return release[:2] in FIXED and release >= FIXED[release[:2]]
+def _loops_in_blocked_pairs(facts: Facts) -> bool:
+    """Tell whether PRE_COPY is there to loop for, and the kernel not known to let go of it.
+
+    A release does not tell that a kernel has no PRE_COPY yet: distributors port it to older ones.
+    """
+    release = facts.kernel
+    if not release or Capability.PRE_COPY not in facts.capabilities or release >= FIXED_SINCE:
+        return False
+    return release[:2] not in FIXED or release < FIXED[release[:2]]
 
 
 BLOCKED_PAIR: Final = Danger(
     "kernels from 6.2 to the middle of 2026 loop for ever on this request, unkillable",
     "FAULT-1",
-    lambda facts: bool(facts.kernel) and not _lets_go_of_blocked_pairs(facts.kernel),
+    _loops_in_blocked_pairs,
 )
 CLOSE_IN_RESUMING: Final = Danger(
     "the kernel's mtty keeps RESUMING over the close, and crashes when it is left",
