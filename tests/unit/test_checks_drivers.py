@@ -8,7 +8,9 @@ notices is no habit.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -16,17 +18,20 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import pytest
 
 from devices.drilled import LEVERS, Drilled
-from mutants.bench import LENGTH
+from mutants.bench import LENGTH, RESET, end
 from mutants.table import MUTANTS, Bench
-from vfiomig import State, StateRejected
+from vfiomig import DeviceError, State, StateReader, StateRejected
 from vfiomig.abi.ioctls import Dialect
-from vfiomig.checks import Report, Suite, Verdict, choose
+from vfiomig.checks import Report, Suite, Verdict, choose, find
+from vfiomig.client import device_maker
 from vfiomig.core.migration import Migration, Outcome
 from vfiomig.fsm import path
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mutants.bench import Call, SetState
-    from vfiomig import StateReader
+    from vfiomig.abi.uapi import UapiStruct
 
 Habit: TypeAlias = Callable[[Bench], None]
 
@@ -103,7 +108,7 @@ def stops_at_a_refusal(bench: Bench) -> None:
     def set_state(original: SetState, mine: Migration, target: int) -> Outcome:
         refused = mine._state is not State.ERROR and path(3, mine._state, target) is None
         if stopped and not refused and target != mine._state:
-            return Outcome(mine._state, errno.EIO, None)
+            return Outcome(mine._state, errno.EPERM, None)
         if refused:
             stopped.append(target)
         return original(mine, target)
@@ -130,6 +135,58 @@ def loses_the_session_at_a_refusal(bench: Bench) -> None:
     bench.set_state(set_state)
 
 
+def fails_to_start_with_half_a_state(bench: Bench) -> None:
+    """What leaving RESUMING did not notice, a later arc may (FAULT-12, FAIL-2)."""
+
+    class Swallowing(Drilled):
+        halved = False
+
+        def load(self, state: StateReader) -> None:
+            try:
+                super().load(state)
+            except StateRejected:
+                self.halved = True
+                while state.read(1 << 16):
+                    pass
+
+        def reset(self) -> None:
+            super().reset()
+            self.halved = False
+
+        def step(self, origin: State, target: State) -> None:
+            super().step(origin, target)
+            if self.halved and origin is State.STOP and target is not State.RESUMING:
+                raise DeviceError(errno.EREMOTEIO)
+
+    bench.device = Swallowing
+
+
+def delivers_other_lengths(bench: Bench) -> None:
+    """Two saves of a stopped device differ, also in length: bytes of a stream are its own."""
+    saves = itertools.count()
+
+    class Padded(Drilled):
+        def save(self) -> Iterator[bytes]:
+            yield from super().save()
+            yield (2 + next(saves) % 3 * 100) * b"\0"
+
+        def finish(self, state: StateReader, content: bytes | bytearray) -> None:
+            if state.read(1 << 16).strip(b"\0"):
+                raise StateRejected("bytes behind the end")
+            self.bar0[:] = content
+
+    bench.device = Padded
+
+
+def cannot_be_reset(bench: Bench) -> None:
+    """A device without a reset (RESET-3)."""
+
+    def tamper(call: Call, on: int, number: int, argument: UapiStruct | None) -> int:
+        return end(errno.EINVAL) if number == RESET and on <= 4 else call(on, number, argument)
+
+    bench.ioctl(tamper)
+
+
 def of(name: str) -> Habit:
     return MUTANTS[name].body
 
@@ -138,7 +195,13 @@ ENDS_WITH_ZERO = of("the_temporary_end_is_zero")
 
 DRIVERS = {
     "mlx5": Driver(
-        "all", (0x15B3, 0x101E), (takes_everything,), ("resuming.an-empty-state-is-refused",)
+        "all",
+        (0x15B3, 0x101E),
+        (fails_to_start_with_half_a_state,),
+        (
+            "resuming.an-empty-state-is-refused",
+            "combinations.a-failing-combination-stops-where-it-failed",
+        ),
     ),
     "virtio": Driver(
         "all",
@@ -175,6 +238,13 @@ DRIVERS = {
         ),
         ("combinations.after-a-refusal-the-device-goes-on", "size.it-is-no-errno"),
     ),
+    "a mediated device": Driver("all", (0x10DE, 0x2236), (cannot_be_reset,), ()),
+    "a vGPU": Driver(
+        "all",
+        (0x10DE, 0x2237),
+        (delivers_other_lengths,),
+        ("saving.a-stopped-device-does-not-change",),
+    ),
 }
 
 
@@ -201,3 +271,42 @@ def test_no_habit_of_a_known_driver_is_a_failure(
     deviating = {r.check.id: r.saw for r in report.results if r.verdict is Verdict.DEVIATES}
     print(name, *(f"{check}: {saw}" for check, saw in deviating.items()), sep="\n  ")
     assert set(driver.noticed) <= deviating.keys()
+
+
+class Interrupted(Drilled):
+    """A reset waits for the arc that it meets, and that arc for the reset, which fails it."""
+
+    def __init__(self) -> None:
+        self.walking, self.came = threading.Event(), threading.Event()
+        super().__init__()
+
+    def step(self, origin: State, target: State) -> None:
+        super().step(origin, target)
+        if threading.current_thread().name == "vfiomig-check-beside":
+            self.walking.set()
+            assert self.came.wait(30)
+            raise DeviceError(errno.EREMOTEIO)
+
+    def reset(self) -> None:
+        super().reset()
+        self.walking.clear()
+        self.came.clear()
+
+
+def test_hardware_may_fail_the_arc_that_a_reset_meets(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Interrupted()
+    original = Migration.reset
+
+    def reset(mine: Migration) -> int:
+        if any(thread.name == "vfiomig-check-beside" for thread in threading.enumerate()):
+            assert device.walking.wait(30)
+            device.came.set()
+        return original(mine)
+
+    monkeypatch.setattr(Migration, "reset", reset)
+    with Suite(device_maker(device), levers=LEVERS) as suite:
+        result = suite.run_check(find("reset.a-reset-may-meet-a-change-of-state"))
+    assert (result.verdict, result.saw) == (
+        Verdict.DEVIATES,
+        "the request for STOP_COPY: EREMOTEIO (FAIL-2: a device's errno)",
+    )

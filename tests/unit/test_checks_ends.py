@@ -7,6 +7,7 @@ check; that nothing is a bug of a check is part of it.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import signal
@@ -371,6 +372,29 @@ class Lazy(Drilled):
 def test_a_race_is_tried_less_often_on_a_device_that_takes_its_time() -> None:
     report = run(device_maker(Lazy()), "reset.a-reset-may-meet-*", deadline=2.0)
     assert len(of(report, Verdict.PASS)) == 2, of(report, Verdict.FAIL)
+
+
+class Trickling(Drilled):
+    """Delivers 5 MiB a second: as its state more than there is time for, in pre-copy without end."""
+
+    def save(self) -> Iterator[bytes]:
+        return itertools.islice(self.precopy(), 100)
+
+    def precopy(self) -> Iterator[bytes]:
+        while True:
+            time.sleep(0.05)
+            yield bytes(1 << 18)
+
+
+def test_a_device_that_is_slow_is_none_that_hangs() -> None:
+    names = ("saving.the-end-is-zero", "precopy.the-temporary-end-is-enomsg")
+    report = run(device_maker(Trickling()), *names, deadline=2.0)
+    assert of(report, Verdict.NOT_RUN) == {
+        names[0]: "bytes still come and go when its time is up: give it more (--deadline)"
+    }
+    assert of(report, Verdict.NOT_APPLICABLE) == {
+        names[1]: "more pre-copy data comes as fast as it is read"
+    }
 
 
 class Careless(Drilled):

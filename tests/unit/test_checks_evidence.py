@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import select
+import socket
 
 import pytest
 
 from vfiomig import State
 from vfiomig.checks.evidence import Broken, Evidence, errno_text, state_text, transfer_text
+from vfiomig.checks.sessions import poll, poll_text
 
 
 def test_steps_are_told_in_order_with_what_came_of_them() -> None:
@@ -76,3 +79,14 @@ def test_what_a_read_returned_is_told_as_bytes_or_an_errno() -> None:
         evidence.expect_transfer("a read", 16, errno.ENODEV)
     assert evidence.first_difference == ("a read: ENODEV", "a read: 16 bytes")
     assert list(map(transfer_text, (0, 1, -errno.EIO))) == ["0 bytes", "1 byte", "EIO"]
+
+
+def test_a_stream_that_its_other_end_has_left_polls_hung_up() -> None:
+    """mlx5 says POLLRDHUP of a dead session, which poll only tells who asks for it."""
+    stream, other = socket.socketpair()
+    with stream, other:
+        assert poll_text(poll(stream.fileno(), 0)) == "nothing"
+        other.shutdown(socket.SHUT_WR)
+        seen = poll(stream.fileno(), 5)
+    assert poll_text(seen) == "POLLIN and POLLRDHUP"
+    assert not seen & select.POLLHUP

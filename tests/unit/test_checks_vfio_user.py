@@ -61,6 +61,7 @@ def test_a_server_like_libvfio_user_deviates_as_it_is_known_to(
         "resuming.one-good-load-vouches-for-no-other",
         "resuming.an-earlier-load-completes-no-other",
         "resuming.a-load-is-abandoned-by-a-reset",
+        "resuming.after-a-refusal-and-a-reset-a-state-is-taken",
     }
     kept = {f"{part}.from-{state}" for part in ("reset", "reopen") for state in KEPT}
     assert kept <= deviating

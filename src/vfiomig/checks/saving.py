@@ -58,9 +58,11 @@ def one_byte_reads_reach_the_end_too(subject: Subject) -> None:
         and stream.take(lambda room: subject.raw.read(data_fd, room[: length - 3 - stream.size]))
         > 0
     ):
-        subject.check_deadline()
+        subject.need_time()
     counts = [subject.read(data_fd, 1)[0] for _ in range(min(3, length))]
     result, _ = subject.read(data_fd, 1)
+    if result or set(counts) != {1}:
+        subject.need_saves_alike()
     shown = ", ".join(map(str, counts))
     what = f"what reads of 1 byte return for the last {len(counts)} bytes"
     subject.evidence.expect_that(what, set(counts) == {1}, "1 each", shown)

@@ -147,8 +147,9 @@ def a_dead_data_fd_polls_hung_up(subject: Subject) -> None:
     subject.go(State.STOP)
     seen = _poll(subject, data_fd)
     subject.evidence.expect_that("poll", seen & select.POLLIN, "POLLIN", poll_text(seen))
+    hung_up = seen & (select.POLLHUP | select.POLLRDHUP)  # the one driver with poll says the latter
     subject.evidence.prefer(
-        "hang-up", seen & select.POLLHUP, "POLLHUP as well", poll_text(seen), "POLL-3, FAULT-9"
+        "hang-up", hung_up, "POLLHUP or POLLRDHUP as well", poll_text(seen), "POLL-3, FAULT-9"
     )
 
 
@@ -175,14 +176,14 @@ def _poll(subject: Subject, data_fd: int) -> int:
 def poll(data_fd: int, seconds: float) -> int:
     """Return what is there of a data_fd, nothing if that does not come in time."""
     poller = select.poll()
-    poller.register(data_fd, select.POLLIN)
+    poller.register(data_fd, select.POLLIN | select.POLLRDHUP)
     ready = poller.poll(seconds * 1000)
     return ready[0][1] if ready else 0
 
 
 def poll_text(seen: int) -> str:
     """Name what poll has seen."""
-    names = ("POLLIN", "POLLPRI", "POLLOUT", "POLLERR", "POLLHUP", "POLLNVAL")
+    names = ("POLLIN", "POLLPRI", "POLLOUT", "POLLERR", "POLLHUP", "POLLRDHUP", "POLLNVAL")
     return " and ".join(name for name in names if seen & getattr(select, name)) or "nothing"
 
 

@@ -255,7 +255,7 @@ class Subject:
         before = into.size
         try:
             while (count := into.take(lambda room: self.raw.read(data_fd, room[:size]))) > 0:
-                self.check_deadline()
+                self.need_time()
         except StateTooLong as trouble:
             raise Unrun(f"{trouble}: raise the limit (--state-limit)") from None
         self.evidence.outcome(step, f"{into.size - before} bytes, then {transfer_text(count)}")
@@ -272,7 +272,8 @@ class Subject:
         try:
             last = self.read_on(data_fd, stream)
         except Unrun as trouble:
-            self.target.too_long = str(trouble)
+            if stream.size > self._state_limit:
+                self.target.too_long = str(trouble)
             raise
         if last:
             raise Unrun(f"the state cannot be read: {errno_text(-last)}")
@@ -304,7 +305,7 @@ class Subject:
         for part in parts:
             view, done = memoryview(part), 0
             while done < len(view):
-                self.check_deadline()
+                self.need_time()
                 count = self.raw.write(data_fd, view[done : done + CHUNK])
                 if count <= 0:
                     self.evidence.outcome(step, f"{transfer_text(count)} at {before + done}")
@@ -325,16 +326,18 @@ class Subject:
     def expect_start_of(self, state: memoryview, got: bytes | memoryview, what: str) -> None:
         """Compare bytes that were read with the start of ``stopped_state``, byte by byte."""
         difference = first_difference(got, state[: len(got)])
-        if difference is not None and self._saves_differ():
-            raise Inapplicable("two saves of the stopped device differ")
+        if difference is not None:
+            self.need_saves_alike()
         wanted = f"{len(got)} bytes as saved before" if got else "bytes of the state"
         saw = wanted if got and difference is None else f"other bytes from {difference or 0} on"
         self.evidence.expect_that(what, got and difference is None, wanted, saw)
 
-    def _saves_differ(self) -> bool:
+    def need_saves_alike(self) -> None:
+        """Raise ``Inapplicable`` on a device that puts something of the moment into its stream."""
         self.stopped_state()  # whatever is left of an earlier session
         first, second = self.stopped_state(), self.stopped_state()
-        return first_difference(first, second) is not None
+        if first_difference(first, second) is not None:
+            raise Inapplicable("two saves of the stopped device differ")
 
     def loaded(self) -> int:
         """Bring the device to RESUMING and give it its own state; return the descriptor."""
@@ -439,6 +442,11 @@ class Subject:
     def check_deadline(self) -> None:
         if self.left <= 0:
             self.evidence.still_under_way(self.evidence.last_step)
+
+    def need_time(self) -> None:
+        """Raise ``Unrun`` when the time is up while bytes move, at a pace that is no rule's."""
+        if self.left <= 0:
+            raise Unrun("bytes still come and go when its time is up: give it more (--deadline)")
 
     # The two ends of a check.
 

@@ -88,7 +88,7 @@ def two_readers_share_one_stream(subject: Subject) -> None:
         total = 0
         while (got := subject.raw.read(data_fd, buffer)) > 0:
             total += got
-            subject.check_deadline()
+            subject.need_time()
         return got or total
 
     subject.evidence.step("read in two threads")
