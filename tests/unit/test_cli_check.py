@@ -192,8 +192,10 @@ class Long(Device):
 """
 
 
-@pytest.mark.parametrize("form", ["--json", ""])
-def test_after_ctrl_c_what_was_found_is_printed_and_written(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "number"), [("--json", signal.SIGINT), ("", signal.SIGTERM)])
+def test_what_was_found_before_a_signal_ended_the_run_is_printed_and_written(
+    form: str, number: int, tmp_path: Path
+) -> None:
     file, junit, html = (tmp_path / name for name in ("long.py", "junit.xml", "page.html"))
     file.write_text(LONG)
     words = [f"model:{file}:Long", "--only", "states", f"--junit={junit}", f"--html={html}"]
@@ -209,9 +211,9 @@ def test_after_ctrl_c_what_was_found_is_printed_and_written(form: str, tmp_path:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         output, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert errors == ""
     assert len(ET.parse(junit).getroot()[0]) == 72
     assert "interrupted" in html.read_text()

@@ -34,7 +34,7 @@ A check that prepares something in vain (a device that does not get to STOP_COPY
 | not_applicable | this device, or this way to it, has nothing that the rule is about |
 | not_run | something is missing: `--dangerous`, a lever, a state that could be reached, or the device, which an earlier check has lost |
 
-The exit code of `vfiomig check` is 0 if no check failed and 1 if one did; 2 if the device cannot be reached, or is lost on the way and nothing failed; 130 after Ctrl-C, when the report tells what was found until then.
+The exit code of `vfiomig check` is 0 if no check failed and 1 if one did; 2 if the device cannot be reached, or is lost on the way and nothing failed; 130 after Ctrl-C, 143 after SIGTERM and 129 after SIGHUP, when the report tells what was found until then.
 A device that was handed over (`--fd N`) is not closed as long as its giver has it open, so what the last close does is not applicable there.
 
 ## Dangers

@@ -106,7 +106,7 @@ VERBS: Final = (
             "0: no check failed",
             "1: at least one did",
             "2: usage, or the device cannot be reached, or is lost on the way",
-            "130: Ctrl-C; what was found until then is told and written all the same",
+            "130, 143: Ctrl-C or SIGTERM; what was found until then is told and written",
         ),
     ),
     Verb(

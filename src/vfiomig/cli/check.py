@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json as json_format
 import signal
+from contextlib import contextmanager
 from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation at run time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
@@ -19,7 +20,8 @@ from vfiomig.models import parse_size
 from vfiomig.report import as_data, as_junit, checks_as_data
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from types import FrameType
 
     from vfiomig.checks import Check, Report
 
@@ -28,6 +30,8 @@ __all__ = ("check",)
 FLAG = Parameter(negative=(), show_default=False)
 UNSET = Parameter(show_default=False)
 PATTERNS = Parameter(negative=(), show_default=False)
+#: How others than the user at the terminal end a program.
+ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 
 
 def check(
@@ -87,14 +91,16 @@ def check(
         return 0
     target = named("check", target, fd)
     writers = _writers({"--junit": junit, "--html": html})
-    report = _run(target, checks, dialect, deadline, _size(state_limit), dangerous=dangerous)
+    limit = _size(state_limit)
+    with _interruptible() as came:
+        report = _run(target, checks, dialect, deadline, limit, dangerous=dangerous)
     for path, render in writers:
         path.write_text(render(report), encoding="utf-8")
     if json:
         print(json_format.dumps(as_data(report), indent=2))
     else:
         show(report)
-    return _exit_code(report)
+    return _exit_code(report, *came[:1])
 
 
 def _tell(checks: Sequence[Check], *, alone: bool, json: bool) -> None:
@@ -106,9 +112,34 @@ def _tell(checks: Sequence[Check], *, alone: bool, json: bool) -> None:
         list_checks(checks)
 
 
-def _exit_code(report: Report) -> int:
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Let the signals of ``ENDING`` interrupt the block as Ctrl-C does; yield which of them came.
+
+    Raises:
+        SystemExit: it was interrupted before there was anything to tell.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    ours = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:  # and no other: what is ignored stays ignored
+        signal.signal(number, interrupt)
+    try:
+        yield came
+    except KeyboardInterrupt:
+        raise SystemExit(128 + (came or [signal.SIGINT])[0]) from None
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _exit_code(report: Report, interrupt: int = signal.SIGINT) -> int:
     if report.interrupted:
-        return 128 + signal.SIGINT
+        return 128 + interrupt
     if report.failed:
         return 1
     return 2 if report.lost else 0
