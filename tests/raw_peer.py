@@ -127,8 +127,9 @@ def interrupted_when(ready: Callable[[], object]) -> Iterator[None]:
     try:
         try:
             yield
-        except KeyboardInterrupt:
-            pass
+        except KeyboardInterrupt as interrupt:
+            # From Python 3.13 on it is part of a cycle, and keeps what the block had.
+            interrupt.__traceback__ = None
         else:
             raise AssertionError("nothing was interrupted")
     finally:
