@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from in_process import wait_until
+from vfiomig.client.local import LocalTransfer
 from vfiomig.client.vfio_user.channel import Channel
 from vfiomig.client.vfio_user.connecting import OURS, greet
 from vfiomig.client.vfio_user.stream import Stream, _wait
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 HEADER = struct.Struct("<HHIII")
 REQUEST, REPLY, ERROR = 0, 1, 0x20
 DEADLINE = 10.0
-#: Where a client's thread waits: for what comes, or for another thread that receives it.
-WAITS = (_wait.__code__, threading.Condition.wait.__code__)
+#: Where a client's thread waits: for what comes, for another thread that receives it, or for a
+#: device in this process.
+WAITS = (_wait.__code__, threading.Condition.wait.__code__, LocalTransfer.wait.__code__)
 
 
 class Raw(NamedTuple):
@@ -49,7 +51,12 @@ class RawPeer:
         return Raw(msg_id, command, flags, number, self._exactly(size - HEADER.size))
 
     def _exactly(self, count: int) -> bytes:
-        return self.socket.recv(count, socket.MSG_WAITALL) if count else b""
+        data = b""
+        while len(data) < count:
+            piece = self.socket.recv(count - len(data))
+            assert piece, "the client has left"
+            data += piece
+        return data
 
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)

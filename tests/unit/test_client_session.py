@@ -5,17 +5,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import signal
 import threading
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
+from raw_peer import interrupted_when
 from vfiomig import Device, SessionError, SetStateError, State
 from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import Dialect
 from vfiomig.client import DeviceClient, open_device
 from vfiomig.client.transport import NO_FD
+from vfiomig.core.transfer import Migf, Transfer
 from vfiomig.errors import RequestError
 
 if TYPE_CHECKING:
@@ -304,12 +305,13 @@ def test_the_loop_of_some_kernels_is_not_entered(dev: DeviceClient, driver: Driv
 
 
 class Waiting(Device):
-    """Its state comes when the test lets it."""
+    """Its state is asked for, and comes when the test lets it."""
 
     def __init__(self) -> None:
-        self.released = threading.Event()
+        self.asked, self.released = threading.Event(), threading.Event()
 
     def save(self) -> Iterator[bytes]:
+        self.asked.set()
         assert self.released.wait(10)
         yield b"late"
 
@@ -328,41 +330,48 @@ def test_closing_the_client_wakes_a_blocked_reader() -> None:
             session.readinto(bytearray(4))
         except SessionError as failure:
             caught.append(failure.errno)
+        device.released.set()  # the close waits for the device's code
 
     reader = threading.Thread(target=read)
     reader.start()
-    late = threading.Timer(0.3, device.released.set)
-    late.start()
-    threading.Event().wait(0.1)  # for the reader to be in the read that blocks
+    assert device.asked.wait(10)
     dev.close()
-    reader.join(5)
-    late.join(5)
+    reader.join(10)
     assert caught == [errno.ENODEV]
 
 
-class Interrupted(Exception):
-    pass
-
-
 def test_an_interrupted_read_takes_no_bytes_from_the_stream() -> None:
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupted
+    device = Waiting()
+    with open_device(device) as dev, dev.set_state(State.STOP_COPY) as session:
+        buffer = bytearray(4)
+        with interrupted_when(lambda: device.asked.wait(10)):
+            session.readinto(buffer)
+        device.released.set()
+        again = bytearray(4)
+        assert session.readinto(again) == 4
+        assert bytes(buffer) == bytes(4)
+        assert bytes(again) == b"late"
+
+
+def test_an_interrupt_before_the_wait_leaves_the_buffer_to_its_owner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    submit = Migf.submit
+
+    def submit_and_interrupt(migf: Migf, transfer: Transfer) -> None:
+        submit(migf, transfer)
+        raise KeyboardInterrupt
 
     device = Waiting()
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with open_device(device) as dev, dev.set_state(State.STOP_COPY) as session:
-            buffer = bytearray(4)
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
-            with pytest.raises(Interrupted):
+    with open_device(device) as dev, dev.set_state(State.STOP_COPY) as session:
+        buffer = bytearray(4)
+        with monkeypatch.context() as patch:
+            patch.setattr(Migf, "submit", submit_and_interrupt)
+            with pytest.raises(KeyboardInterrupt):
                 session.readinto(buffer)
-            device.released.set()
-            again = bytearray(4)
-            assert session.readinto(again) == 4
-            assert bytes(buffer) == bytes(4)
-            assert bytes(again) == b"late"
-    finally:
-        signal.signal(signal.SIGALRM, before)
+        device.released.set()
+        assert session.readinto(bytearray(4)) == 4
+        assert bytes(buffer) == bytes(4)
 
 
 def test_a_reset_by_another_thread_kills_the_session_of_a_change_under_way() -> None:

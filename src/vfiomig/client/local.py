@@ -76,8 +76,8 @@ class LocalTransport:
         migf = self.numbers.find(data_fd)
         if not isinstance(migf, Migf) or migf.kind is not direction:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        migf.submit(transfer)
         try:
+            migf.submit(transfer)
             result = transfer.wait()
         except BaseException:  # Ctrl-C: its memory is the caller's again
             migf.withdraw(transfer)
