@@ -83,7 +83,7 @@ class Bitmap:
         self.memory[address : address + len(data)] = data
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(ranges(), STEPS, st.sampled_from([0, 0x11]))
 def test_a_report_has_the_bits_of_the_model_and_no_other(
     logged: list[tuple[int, int]], steps: list[tuple[str, int, int, int]], before: int
@@ -105,7 +105,7 @@ def test_a_report_has_the_bits_of_the_model_and_no_other(
         assert bitmap.memory[:8] == bitmap.memory[8 + size :] == b"\xa5" * 8
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ranges(), STEPS)
 def test_everything_that_was_written_is_told_by_the_end(
     logged: list[tuple[int, int]], steps: list[tuple[str, int, int, int]]

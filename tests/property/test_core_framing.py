@@ -24,7 +24,7 @@ ODD_SIZES = SIZES.map(lambda sizes: [0, *sizes])
 FAULTS = st.lists(st.none() | st.integers(0, 30), min_size=1, max_size=5)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(early=CHUNKS, late=CHUNKS, sizes=ODD_SIZES, faults=FAULTS, switch=st.integers(0, 6))
 def test_any_reader_gets_the_bytes_of_any_author(
     early: list[bytes],
@@ -55,7 +55,7 @@ def test_any_reader_gets_the_bytes_of_any_author(
     assert bytes(got) == b"".join(early) + b"".join(late)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(stream=st.binary(max_size=300), writes=ODD_SIZES, wanted=ODD_SIZES, faults=FAULTS)
 def test_any_load_gets_the_bytes_of_any_writer(
     stream: bytes, writes: list[int], wanted: list[int], faults: list[int | None]
@@ -86,7 +86,7 @@ def test_any_load_gets_the_bytes_of_any_writer(
     assert all(len(piece) == size for size, piece in pieces[:-1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(chunks=CHUNKS, reads=SIZES, writes=SIZES)
 def test_what_one_device_saves_another_loads_however_it_is_cut(
     chunks: list[bytes], reads: list[int], writes: list[int]

@@ -226,5 +226,5 @@ class CoreMachine(RuleBasedStateMachine):
 def test_core_does_what_the_matrix_says_whatever_fails() -> None:
     run_state_machine_as_test(
         CoreMachine,
-        settings=settings(max_examples=120, stateful_step_count=40, deadline=None),
+        settings=settings(max_examples=120, stateful_step_count=40),
     )

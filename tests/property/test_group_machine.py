@@ -234,5 +234,5 @@ class Lifecycle(RuleBasedStateMachine):
                 assert space is iommu.table.space
 
 
-Lifecycle.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+Lifecycle.TestCase.settings = settings(max_examples=60, stateful_step_count=50)
 TestLifecycle = Lifecycle.TestCase

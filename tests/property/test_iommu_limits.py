@@ -131,4 +131,4 @@ class Space(RuleBasedStateMachine):
 
 
 TestSpace = Space.TestCase
-TestSpace.settings = settings(stateful_step_count=30, deadline=None)
+TestSpace.settings = settings(stateful_step_count=30)

@@ -185,5 +185,5 @@ class Tracking(RuleBasedStateMachine):
         assert self.memory.data == self.bytes
 
 
-Tracking.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Tracking.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestTracking = Tracking.TestCase

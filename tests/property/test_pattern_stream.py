@@ -61,7 +61,7 @@ def write_all(device: Pattern, stream: bytes, sizes: Sequence[int]) -> None:
         assert state_of(device) == stream
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(chunk_sizes, chunk_sizes)
 def test_chunks_of_reader_and_writer_never_matter(
     read_sizes: list[int], write_sizes: list[int]
@@ -73,7 +73,7 @@ def test_chunks_of_reader_and_writer_never_matter(
     write_all(destination, stream, big_enough[1])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(small_chunk_sizes, small_chunk_sizes)
 def test_small_chunks_of_reader_and_writer_never_matter(
     read_sizes: list[int], write_sizes: list[int]
@@ -91,7 +91,6 @@ def test_a_stream_cut_at_any_offset_is_refused() -> None:
     load(destination, WHOLE)
 
 
-@settings(deadline=None)
 @given(st.integers(0, len(WHOLE) - 1))
 def test_a_cut_stream_is_the_errno_of_the_arc(end: int) -> None:
     with open_device(Pattern(size=SMALL)) as client:
@@ -114,7 +113,6 @@ def test_damage_to_any_byte_is_refused() -> None:
 
 
 @given(st.integers(0, len(WHOLE) - SMALL - 1), st.integers(1, 255))
-@settings(deadline=None)
 def test_damage_outside_the_data_is_the_errno_of_a_write(at: int, flips: int) -> None:
     if at >= HEADER_BYTES + RECORD_BYTES:
         at += SMALL
@@ -129,7 +127,6 @@ def test_damage_outside_the_data_is_the_errno_of_a_write(at: int, flips: int) ->
 
 
 @given(st.integers(0, SMALL - 1), st.integers(1, 255))
-@settings(deadline=None)
 def test_damage_inside_the_data_is_the_errno_of_the_arc(at: int, flips: int) -> None:
     damaged = bytearray(WHOLE)
     damaged[HEADER_BYTES + RECORD_BYTES + at] ^= flips
@@ -164,7 +161,7 @@ fragments = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.booleans(), fragments)
 def test_foreign_bytes_are_refused_or_are_a_state(begins_well: bool, parts: list[bytes]) -> None:
     device = Pattern(size=SMALL)
@@ -181,7 +178,7 @@ def test_foreign_bytes_are_refused_or_are_a_state(begins_well: bool, parts: list
 changes = st.lists(st.integers(0, 40), max_size=25)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(changes, st.sampled_from([0.0, 0.3, 1.0]))
 def test_whatever_changes_in_pre_copy_arrives(rewrites: list[int], share: float) -> None:
     size = 2 * BLOCK + 100_000

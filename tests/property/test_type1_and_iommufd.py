@@ -154,5 +154,5 @@ class BothWays(RuleBasedStateMachine):
         assert (errno_, old) == (0, new)
 
 
-BothWays.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+BothWays.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestBothWays = BothWays.TestCase

@@ -119,4 +119,4 @@ class UartMachine(RuleBasedStateMachine):
 
 
 TestUart = UartMachine.TestCase
-TestUart.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestUart.settings = settings(max_examples=150, stateful_step_count=60)

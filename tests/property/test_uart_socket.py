@@ -182,4 +182,4 @@ class SocketMachine(RuleBasedStateMachine):
 
 
 TestSocket = SocketMachine.TestCase
-TestSocket.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestSocket.settings = settings(max_examples=40, stateful_step_count=40)

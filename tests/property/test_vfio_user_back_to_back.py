@@ -123,7 +123,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[DeviceClient, DeviceC
         yield here, there
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(steps=st.lists(st.one_of(states, others), min_size=5, max_size=40))
 def test_they_cannot_be_told_apart(
     pair: tuple[DeviceClient, DeviceClient], steps: list[Step]

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 import vfiomig
@@ -92,7 +92,6 @@ def test_what_was_recorded_can_be_replayed() -> None:
     assert run(list(recorded()), patience=SECONDS) == []
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=200), max_size=5))
 def test_any_bytes_at_all(pieces: list[bytes]) -> None:
     assert len(run(pieces)) == 1
@@ -146,7 +145,6 @@ def changed(pieces: list[bytes], edit: Edit) -> list[bytes]:
     return before + replaced[edit.how] + after
 
 
-@settings(deadline=None)
 @given(st.lists(edits, min_size=1, max_size=3), st.sampled_from([0, 0, 1, 3]))
 def test_a_good_server_that_goes_wrong(edited: list[Edit], descriptors: int) -> None:
     pieces = list(recorded())

@@ -118,7 +118,8 @@ def path() -> Iterator[str]:
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(steps=STEPS, agrees=st.integers(0, 9), cut=st.integers(1, 2000))
 def test_a_server_outlives_every_client(

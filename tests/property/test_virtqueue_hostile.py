@@ -60,7 +60,7 @@ ENTRIES = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     entries=st.lists(ENTRIES, min_size=SIZE, max_size=SIZE),
     heads=st.lists(st.integers(0, SIZE), min_size=1, max_size=SIZE),
@@ -94,7 +94,7 @@ def test_rings_of_any_content_have_only_the_outcomes_that_are_told(
         assert driver.read(3, 512) == b"w" * 512
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     kind=st.one_of(st.sampled_from([0, 1, 4, 8]), st.integers(0, (1 << 32) - 1)),
     sector=st.one_of(st.integers(0, 130), st.integers(0, (1 << 64) - 1)),
@@ -119,7 +119,7 @@ def test_a_well_formed_request_gets_the_status_that_it_deserves(
         assert request.status == known.get(kind, UNSUPP)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     writes=st.lists(
         st.tuples(st.integers(0, 0x3FFF), st.binary(min_size=1, max_size=8)), max_size=30

@@ -120,5 +120,5 @@ class GuestAndDisk(RuleBasedStateMachine):
                 assert request.data == self.disk.get(sector, EMPTY)
 
 
-GuestAndDisk.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+GuestAndDisk.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestGuestAndDisk = GuestAndDisk.TestCase

@@ -136,7 +136,7 @@ SIZES = st.lists(st.integers(1, 3000), max_size=8)
 COUNTS = st.lists(st.sampled_from([0, 0, 1, 2, 5]), min_size=1, max_size=6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.binary(max_size=300), sizes=SIZES, counts=COUNTS, take=st.booleans())
 def test_bytes_that_mean_nothing_give_the_one_error(
     data: bytes, sizes: list[int], counts: list[int], take: bool
@@ -145,7 +145,7 @@ def test_bytes_that_mean_nothing_give_the_one_error(
         survive(connection, cut(data, sizes, counts), take=take)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     messages=st.lists(almost_messages(), min_size=1, max_size=6),
     sizes=SIZES,
@@ -173,7 +173,7 @@ def good_messages(end: Connection) -> list[bytes]:
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     which=st.integers(0, 3),
     order=st.randoms(use_true_random=False),
@@ -232,7 +232,7 @@ TEXTS = (
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     text=TEXTS,
     end=st.sampled_from([b"\0", b"\0", b"\0", b"", b"\0\0"]),
@@ -252,7 +252,7 @@ def test_any_text_about_capabilities_gives_the_one_error(
     survive(client, [(message(out.msg_id, 1, payload, REPLY), 0)], take=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=TEXTS)
 def test_an_answer_is_never_longer_than_its_proposal(text: bytes) -> None:
     server = ServerConnection(ALL)

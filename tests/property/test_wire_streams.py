@@ -32,7 +32,7 @@ def pieces(data: bytes, sizes: Sequence[int]) -> list[bytes]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     plan=st.lists(
         st.tuples(st.sampled_from(BY_CLIENT), LENGTHS, st.booleans(), st.booleans()), max_size=8
@@ -80,7 +80,7 @@ def test_requests_and_replies_arrive_as_they_were_sent(
     assert client.between_messages
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     lengths=st.lists(LENGTHS, min_size=1, max_size=8),
     takes=st.lists(st.booleans(), min_size=1, max_size=4),
@@ -132,7 +132,7 @@ def sends(draw: st.DrawFn) -> tuple[list[bytes], list[tuple[int, int, bool]]]:
     return messages, [call for call in calls if call[0] < call[1]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(plan=sends(), reads=st.lists(st.integers(1, 5000), min_size=1, max_size=6))
 def test_descriptors_belong_to_the_message_they_were_sent_with(
     plan: tuple[list[bytes], list[tuple[int, int, bool]]], reads: list[int]
@@ -181,7 +181,7 @@ SAID = st.fixed_dictionaries({key.attribute: capabilities(key) for key in KEYS})
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(client_says=SAID, server_says=SAID)
 @example(
     client_says=Capabilities(mig_stream=1),

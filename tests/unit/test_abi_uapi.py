@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vfiomig.abi
@@ -103,6 +103,7 @@ def test_a_misspelt_member_is_refused() -> None:
         state.data_df = 3  # type: ignore[attr-defined]  # that is the point
 
 
+@settings(deadline=None)
 @given(
     argsz=st.integers(0, 2**32 - 1),
     device_state=st.integers(0, 2**32 - 1),
