@@ -174,7 +174,7 @@ class CStyleServer:
 
         self._jobs.put(run)
         os.eventfd_write(self._called, 1)
-        assert done.wait(10), "the server's thread does not come to it"
+        assert done.wait(50), "the server's thread does not come to it"
         if failures:
             raise failures[0]
 

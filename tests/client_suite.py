@@ -311,9 +311,12 @@ def a_blocked_reader_wakes_when_its_session_ends(dev: DeviceClient) -> None:
         assert session.readinto(bytearray(4)) == 4
         reader = threading.Thread(target=read)
         reader.start()
-        time.sleep(0.1)  # for the reader to be in the read that blocks
+        deadline = time.monotonic() + 20
+        while dev.read_region(1, 0, 1) != b"\1":  # until the reader is in the read that blocks
+            assert time.monotonic() < deadline
         dev.set_state(State.STOP)
-        reader.join(5)
+        reader.join(20)
+        dev.write_region(1, 0, b"\1")
     assert caught == [errno.ENODEV]
 
 
@@ -646,7 +649,7 @@ def eventfds(count: int) -> Iterator[list[int]]:
 
 def rung(number: int) -> int:
     """Return how often an eventfd was signalled since the last look; wait for a first time."""
-    if not select.select([number], [], [], 2)[0]:
+    if not select.select([number], [], [], 10)[0]:
         return 0
     return os.eventfd_read(number)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vfiomig.abi.uapi import UapiStruct
 
 #: Seconds for a check; one that polls in vain takes half of them.
-DEADLINE = 1.0
+DEADLINE = 3.0
 
 
 class Fault(NamedTuple):

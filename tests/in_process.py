@@ -479,6 +479,19 @@ def refusal(number: int, *, fatal: bool = False) -> DeviceError:
     return DeviceError(number, "as the test wants it", fatal=fatal)
 
 
+def watched(migf: Migf) -> list[tuple[bool, bool]]:
+    """Note whether it is ready, and dead, whenever that may have changed, as a poller does."""
+    seen: list[tuple[bool, bool]] = []
+    looking = threading.Lock()  # or an older look may be noted behind a newer one
+
+    def look() -> None:
+        with looking:
+            seen.append((migf.ready, migf.dead))
+
+    migf.watch(look)
+    return seen
+
+
 def wait_until(condition: Callable[[], object]) -> None:
     """Wait for what another thread is about to do."""
     deadline = time.monotonic() + DEADLINE

@@ -23,7 +23,8 @@ from typing import Final
 
 __all__ = ("Snapshot", "left_behind", "take_snapshot")
 
-_GRACE_S: Final = 1.0
+#: On a busy machine; without anything left behind nobody waits.
+_GRACE_S: Final = 5.0
 _POLL_S: Final = 0.005
 
 # linux/wait.h; children made by clone() without SIGCHLD count too.

@@ -68,7 +68,7 @@ class Terminal:
 
 def nobody_is_left_in(session: int) -> bool:
     """Whether every process of a session has ended, in a moment at most."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         if not any(session_of(Path("/proc", name)) == session for name in os.listdir("/proc")):
             return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-import time
+import threading
 from typing import TYPE_CHECKING
 
 from vfiomig import Device, DeviceError, Region, State, StateRejected
@@ -88,14 +88,30 @@ class Card(Device):
 
 
 class Stuck(Card):
-    """Takes its time: the second half of its state comes late, or so its reader thinks."""
+    """The second half of its state comes when BAR1 is written to.
+
+    A read of BAR1 tells whether that is waited for.
+    """
+
+    bar1 = Region(size=16)
 
     def __init__(self) -> None:
         super().__init__(caps="stop-copy")
+        self._waits = False
+        self._go_on = threading.Event()
+
+    @bar1.reader
+    def read_bar1(self, offset: int, length: int) -> bytes:
+        return bytes([self._waits]) * length
+
+    @bar1.writer
+    def write_bar1(self, offset: int, data: bytes) -> None:
+        self._go_on.set()
 
     def save(self) -> Iterator[bytes]:
         yield MAGIC
-        time.sleep(1.2)
+        self._waits = True
+        self._go_on.wait(20)
         yield END
 
 

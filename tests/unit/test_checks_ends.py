@@ -24,7 +24,7 @@ import pytest
 from devices.drilled import LEVERS, Drilled
 from vfiomig import DeviceClient, DeviceError, State, StateReader
 from vfiomig.checks import Check, Report, Result, Suite, Verdict, choose
-from vfiomig.checks.suite import BUG
+from vfiomig.checks.suite import BUG, DEADLINE
 from vfiomig.client import Maker, device_maker, target_maker
 from vfiomig.core.migration import Migration
 from vfiomig.errors import TargetError
@@ -54,7 +54,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "vfiomig")
 
 
-def run(maker: Maker, *only: str, deadline: float = 5.0) -> Report:
+def run(maker: Maker, *only: str, deadline: float = DEADLINE) -> Report:
     with Suite(maker, levers=LEVERS, deadline=deadline) as suite:
         report = suite.run(choose(only))
     is_whole(report, *only)
@@ -229,10 +229,10 @@ def join_checks() -> None:
 
 def test_a_check_that_hangs_makes_no_request_when_it_wakes() -> None:
     device = Stuck()
-    with Suite(device_maker(device), deadline=0.5) as suite:
+    with Suite(device_maker(device), deadline=1.5) as suite:
         raw = suite._target.raw
         hung = suite.run_check(choose(["states.stop-copy-to-stop"])[0])
-        assert hung.saw == "still under way after 0.5 s: SET STOP_COPY"
+        assert hung.saw == "still under way after 1.5 s: SET STOP_COPY"
         device.go_on.set()
         join_checks()
         assert raw.barred

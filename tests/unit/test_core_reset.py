@@ -145,9 +145,8 @@ class Held:
 def test_a_reset_does_not_wait_for_an_arc_and_is_done_by_whoever_takes_it() -> None:
     held = Held(State.STOP_COPY, "save")
     with held.program as program:
-        started = time.monotonic()
         assert program.reset() == 0
-        assert time.monotonic() - started < 1
+        assert not held.replies, "the arc is under way still"
         assert "reset" not in held.device.log
         errno_, state, fd = held.finish()
         assert (errno_, state) == (0, State.STOP_COPY)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from in_process import DEADLINE, Loads, Program, Scripted, in_thread, refusal, wait_until
+from in_process import DEADLINE, Loads, Program, Scripted, in_thread, refusal, wait_until, watched
 from vfiomig.core import transfer as core_transfer
 from vfiomig.errors import DeviceError, StateRejected
 from vfiomig.fsm import SessionKind, State
@@ -369,8 +369,7 @@ def test_a_write_while_the_verdict_is_made_comes_too_late() -> None:
 def test_poll_finds_a_resuming_descriptor_writable_and_then_dead() -> None:
     with Resuming() as program:
         migf = program.caller.table[program.fd]
-        seen: list[tuple[bool, bool]] = []
-        migf.watch(lambda: seen.append((migf.ready, migf.dead)))
+        seen = watched(migf)
         assert migf.ready
         assert not migf.dead
         program.go(State.STOP)

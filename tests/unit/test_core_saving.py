@@ -20,6 +20,7 @@ from in_process import (
     in_thread,
     refusal,
     wait_until,
+    watched,
 )
 from vfiomig.core import transfer as core_transfer
 from vfiomig.fsm import SessionKind, State
@@ -184,7 +185,7 @@ def test_an_error_behind_some_bytes_is_for_the_next_read() -> None:
 def test_pollers_learn_that_an_error_has_ended_the_session() -> None:
     with Program(Produces(failing(refusal(errno.EIO), b"abcd"))) as program:
         fd = program.go(State.STOP_COPY)
-        seen = _watched(program, fd)
+        seen = watched(program.caller.table[fd])
         assert program.read(fd, 100) == b"abcd"
         assert not program.caller.table[fd].dead
         assert program.read(fd, 100) == -errno.EIO
@@ -502,13 +503,6 @@ def test_concurrent_readers_share_one_stream_with_one_position() -> None:
 # Poll.
 
 
-def _watched(program: Program, fd: int) -> list[tuple[bool, bool]]:
-    seen: list[tuple[bool, bool]] = []
-    migf = program.caller.table[fd]
-    migf.watch(lambda: seen.append((migf.ready, migf.dead)))
-    return seen
-
-
 def test_a_saving_descriptor_is_readable_but_at_the_temporary_end() -> None:
     more: list[bytes] = [b"early"]
 
@@ -519,7 +513,7 @@ def test_a_saving_descriptor_is_readable_but_at_the_temporary_end() -> None:
     device = Produces(lambda: [b"rest"], precopy)
     with Program(device) as program:
         fd = program.go(State.PRE_COPY)
-        migf, seen = program.caller.table[fd], _watched(program, fd)
+        migf, seen = program.caller.table[fd], watched(program.caller.table[fd])
         assert migf.ready
         program.read(fd, 5)
         assert migf.ready  # nobody knows yet that there is no more

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from in_process import wait_until
 from vfiomig import Device, Region
 from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.descriptors import Fd
@@ -191,7 +192,7 @@ def test_a_close_waits_for_the_calls_of_its_dead_user() -> None:
     opened.enter()
     closer = threading.Thread(target=opened.close)
     closer.start()
-    time.sleep(0.02)
+    wait_until(lambda: opened.closed)
     opened.leave()
     time.sleep(0.02)
     assert released(opened) == 0
@@ -200,7 +201,7 @@ def test_a_close_waits_for_the_calls_of_its_dead_user() -> None:
     assert late.value.errno == errno.EBADF
     assert released(opened) == 0
     opened.leave()
-    closer.join(5)
+    closer.join(10)
     assert released(opened) == 1
 
 
@@ -218,15 +219,12 @@ def test_closes_are_carried_out_once_and_before_whoever_asks() -> None:
         thread.start()
     closing.finish(1)
     assert (released(slow), released(other)) == (0, 1)
-    deadline = time.monotonic() + 5
-    while len(waits) < 3 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert not closing.waiting
+    wait_until(lambda: len(waits) == 3 and not closing.waiting)
     assert bool(closing)
     assert all(thread.is_alive() for thread in threads)
     slow.leave()
     for thread in threads:
-        thread.join(5)
+        thread.join(10)
     assert released(slow) == 1
     assert not closing
 
@@ -274,14 +272,12 @@ def test_one_thread_receives_and_slow_calls_are_out_of_its_way() -> None:
     receivers.receive_elsewhere()
     for call in ("quick", "slow", "quick", "slow", "quick"):
         calls.put(call)
-    deadline = time.monotonic() + 5
-    while len(answered) < 3 and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_until(lambda: len(answered) == 3)
     assert [call for call, _ in answered] == ["quick"] * 3
     assert not receivers.finish(time.monotonic() + 0.05)  # the slow ones are not done
     go_on.set()
     calls.put(None)
-    assert receivers.finish(time.monotonic() + 5)
+    assert receivers.finish(time.monotonic() + 10)
     assert len(answered) == 5
     assert len({thread for _, thread in answered}) == 3
     assert calls.most == 1
@@ -301,10 +297,10 @@ def test_idle_threads_are_used_again() -> None:
     receivers.receive_elsewhere()
     for _ in range(50):
         calls.put("call")
-        assert done.acquire(timeout=5)
-        time.sleep(0.001)
+        assert done.acquire(timeout=10)
+        wait_until(lambda: receivers._idle)
     calls.put(None)
-    assert receivers.finish(time.monotonic() + 5)
+    assert receivers.finish(time.monotonic() + 10)
     assert len(threads) <= 3
 
 

@@ -292,16 +292,20 @@ def test_a_program_that_has_ended_is_an_error_of_the_device() -> None:
 
 
 def test_another_program_in_the_same_process_is_never_touched() -> None:
-    def execute() -> None:
-        os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(60)"])
+    program_text = "import time; print('here', flush=True); time.sleep(60)"
+    reader, writer = map(Fd, os.pipe())
 
-    with anonymous() as content:
+    def execute() -> None:
+        os.dup2(writer.fileno(), 1)
+        os.execv(sys.executable, [sys.executable, "-c", program_text])
+
+    with reader, writer, anonymous() as content:
         program = Child(content, then=execute)
         known = Backings()
         place = find(known, program)
         place.memory.write(place.address, b"x")
         os.write(program._tell.fileno(), b"t")
-        os.read(program._told.fileno(), 1)  # its ends are closed by the exec
+        assert os.read(reader.fileno(), 4) == b"here"
         with open(f"/proc/{program.pid}/maps", encoding="utf-8") as maps:
             stack = next(line for line in maps if "[stack]" in line)
         address = int(stack.partition("-")[0], 16)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from in_process import wait_until
 from vfiomig.errors import SpecError
 from vfiomig.iommu import DmaPort
 from vfiomig.models import make, virtio_disk
@@ -127,12 +128,7 @@ def test_header_data_and_status_may_share_descriptors(driver: Driver) -> None:
 
 
 def wait_for_index(driver: Driver, index: int) -> None:
-    done = threading.Event()
-    for _ in range(5000):
-        if driver.unpack(driver.used + 2, "H") == index:
-            return
-        done.wait(0.001)
-    raise AssertionError("the device does not answer")
+    wait_until(lambda: driver.unpack(driver.used + 2, "H") == index)
 
 
 def test_flush_and_serial_number(driver: Driver) -> None:
@@ -346,6 +342,8 @@ def test_a_transfer_is_made_at_once_until_one_takes_long_and_again_a_while_later
                 driver.read(7, 512)
             (thread,) = transfers.threads
             transfers.threads.clear()
+            # Whoever works when the next one comes does that as well.
+            wait_until(lambda: not bench.device._worker._busy.locked())
             return thread
 
         assert [transfer() for _ in range(3)] == [here] * 3
@@ -461,12 +459,8 @@ def test_a_reset_waits_for_the_request_that_is_under_way(
 # What a driver must not do.
 
 
-def broken(driver: Driver) -> bool:
-    for _ in range(1000):
-        if driver.status & NEEDS_RESET:
-            return True
-        threading.Event().wait(0.002)
-    return False
+def wait_until_broken(driver: Driver) -> None:
+    wait_until(lambda: driver.status & NEEDS_RESET)
 
 
 def head_that_is_not_there(driver: Driver) -> None:
@@ -572,7 +566,7 @@ def test_a_driver_that_breaks_the_ring_must_reset(
     assert callable(attack)
     attack(driver)
     driver.kick(always=True)
-    assert broken(driver)
+    wait_until_broken(driver)
     assert bench.heard.messages[heard:] == [0]  # the vector for configuration changes
     driver.pack(driver.avail + 2, "H", 0)
     driver.kick(always=True)
@@ -585,7 +579,7 @@ def test_an_indirect_table_that_was_not_negotiated_breaks_the_ring(bench: Bench)
     driver.start(features=VERSION_1 | EVENT_IDX)
     driver.offer(driver.build(IN, 0, room=512, indirect=True))
     driver.kick()
-    assert broken(driver)
+    wait_until_broken(driver)
     assert not driver.features & INDIRECT
 
 
@@ -596,7 +590,7 @@ def test_what_was_good_before_the_bad_is_answered(driver: Driver) -> None:
     driver.kick()
     driver.wait(good)
     assert good.status == OK
-    assert broken(driver)
+    wait_until_broken(driver)
 
 
 def test_rings_in_no_memory_break_down_and_nothing_more(bench: Bench) -> None:
@@ -612,7 +606,7 @@ def test_rings_in_no_memory_break_down_and_nothing_more(bench: Bench) -> None:
         driver.put(20, 1, 15)
         driver.offer(driver.build(FLUSHES, 0))
         driver.kick(always=True)
-        assert broken(driver)
+        wait_until_broken(driver)
         assert getattr(driver, ring) == good
         driver.start()
         driver.write(0, DATA[:512])
@@ -621,7 +615,7 @@ def test_rings_in_no_memory_break_down_and_nothing_more(bench: Bench) -> None:
 def test_without_an_address_space_the_device_breaks_down(bench: Bench, driver: Driver) -> None:
     space, bench.device.dma.space = bench.device.dma.space, None
     driver.kick(always=True)
-    assert broken(driver)
+    wait_until_broken(driver)
     assert isinstance(bench.device.dma, DmaPort)
     bench.device.dma.space = space
 

@@ -56,7 +56,7 @@ class Machine(Program):
         header = vfio.IrqSet(argsz=20 + len(raw), flags=flags, index=index, count=len(eventfds))
         assert self.ioctl(vfio.VFIO_DEVICE_SET_IRQS, bytes(header) + raw).errno == 0
 
-    def heard(self, vector: int, deadline: float = 5) -> int:
+    def heard(self, vector: int, deadline: float = 10) -> int:
         """How often the vector was signalled since the last look; waits for the first."""
         end = time.monotonic() + deadline
         while True:

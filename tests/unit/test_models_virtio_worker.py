@@ -60,9 +60,8 @@ def test_a_kick_never_waits_and_is_not_lost() -> None:
     worker.kick()
     assert entered.wait(DEADLINE)
     todo.append(2)
-    started = time.monotonic()
     worker.kick()
-    assert time.monotonic() - started < 1
+    assert done == [1], "the thread is held still"
     go_on.set()
     deadline = time.monotonic() + DEADLINE
     while len(done) < 2:

@@ -48,6 +48,8 @@ def run(tmp_path: Path) -> Run:
 
 LEAKS = """
 import os, subprocess, sys, threading, time
+import leftovers
+leftovers._GRACE_S = 1.0
 kept = []
 def test_descriptor():
     kept.append(os.open("/dev/zero", os.O_RDONLY))
@@ -56,15 +58,16 @@ def test_descriptor_of_an_earlier_test_is_closed_at_last():
 def test_descriptor_of_somebody_else_is_closed(stranger):
     os.close(stranger)
 def test_thread():
-    threading.Thread(target=time.sleep, args=(2,), name="sleeper").start()
+    threading.Thread(target=time.sleep, args=(60,), name="sleeper", daemon=True).start()
 def test_child():
-    kept.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)"]))
+    kept.append(subprocess.Popen(["sleep", "60"]))
 def test_zombie():
     child = os.fork()
     if child == 0:
         os._exit(0)
-def test_nothing():
-    pass
+def test_child_of_an_earlier_test_ends_at_last():
+    kept[0].kill()
+    kept.pop().wait()
 def test_what_ends_in_a_moment():
     threading.Thread(target=time.sleep, args=(0.1,)).start()
 import pytest
@@ -92,8 +95,17 @@ def test_what_a_test_leaves_behind_fails_it_by_name(run: Run) -> None:
     assert "8 passed, 5 errors" in output
 
 
+LEAK = """
+import os
+import leftovers
+leftovers._GRACE_S = 0.1
+def test_leak():
+    os.open("/dev/zero", os.O_RDONLY)
+"""
+
+
 def test_leaks_are_found_in_parallel_runs_too(run: Run) -> None:
-    output = run("import os\ndef test_leak():\n    os.open('/dev/zero', os.O_RDONLY)\n", "-n", "1")
+    output = run(LEAK, "-n", "1")
     assert "(/dev/zero) is still open: close it" in output
     assert "1 passed, 1 error" in output
 

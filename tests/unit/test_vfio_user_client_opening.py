@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-SECONDS = 5.0
+SECONDS = 20.0
 
 
 def refused(path: Path, timeout: float = SECONDS) -> TargetError:

@@ -258,7 +258,5 @@ def test_it_can_behave_in_the_manner_of_libvfio_user(path: str) -> None:
 def test_a_large_device_is_served_as_soon_as_it_says_so(path: str) -> None:
     with Process("pattern,size=256G", "--socket", path) as process:
         process.line()
-        begin = time.monotonic()
-        with Raw.connect(path) as client:
+        with Raw.connect(path) as client:  # which does not wait long for any answer
             assert client.state() == RUNNING
-        assert time.monotonic() - begin < 2
