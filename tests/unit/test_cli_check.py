@@ -169,6 +169,18 @@ def test_a_check_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in text
 
 
+def test_a_rule_that_a_report_cites_is_told_without_a_checkout(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert check("--explain", "resuming.an-empty-state-is-refused") == 0
+    assert "LOAD-3: Leaving RESUMING says that" in capsys.readouterr().out
+    assert check("--explain", "FAULT-16") == 0
+    assert capsys.readouterr().out.startswith("FAULT-16: pds fills a short stream with zeros; the")
+    assert check("--explain", "LOG-5", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"id": "LOG-5", "rule": "`num_ranges` is not 0; otherwise: EINVAL"}
+
+
 def test_v6_is_checked_where_a_model_is_served_in_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert check("model:counter", "--dialect", "v6", "--only", "v6", "--json") == 0
     assert json.loads(capsys.readouterr().out)["summary"]["pass"] == 12

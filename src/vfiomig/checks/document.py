@@ -21,7 +21,7 @@ INTRODUCTION: Final = f"""# What `vfiomig check` checks
 
 This page is written from the checks by `make docs`; a test compares the two.
 It lists {len(CHECKS)} checks in {len(CHAPTERS)} chapters, in the order in which they run.
-`vfiomig check TARGET` runs them, `--only` and `--skip` choose by id, chapter or pattern, and `--explain ID` tells more about one.
+`vfiomig check TARGET` runs them, `--only` and `--skip` choose by id, chapter or pattern, and `--explain ID` tells more about one, or the text of a rule.
 
 A clause is a rule of [protocol.md](protocol.md), where the sources are named; the section of `{HEADER}` that says the same is what `--explain` and every report add.
 A check that prepares something in vain (a device that does not get to STOP_COPY, say) is not run: why it does not get there is the subject of another one.

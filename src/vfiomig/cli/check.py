@@ -12,7 +12,8 @@ from cyclopts import Parameter
 
 from vfiomig.abi.ioctls import Dialect  # noqa: TC001 - likewise
 from vfiomig.checks import DEADLINE, Suite, choose, find
-from vfiomig.cli.check_table import Progress, explain_check, list_checks, show
+from vfiomig.checks.rules import rules
+from vfiomig.cli.check_table import Progress, explain_check, explain_rule, list_checks, show
 from vfiomig.cli.targets import named
 from vfiomig.client import target_maker
 from vfiomig.errors import PrerequisiteError, SpecError
@@ -69,7 +70,7 @@ def check(
     list:
         List the checks, and run none.
     explain:
-        Tell about one check, and run none.
+        Tell about one check, or tell a rule such as LOAD-3, and run none.
     dangerous:
         Run what is known to hang or crash some kernels, too.
     dialect:
@@ -87,7 +88,7 @@ def check(
     """
     checks = choose(only or (), skip or ())
     if explain or list:
-        _tell([find(explain)] if explain else checks, alone=bool(explain), json=json)
+        _tell(explain, checks, json=json)
         return 0
     target = named("check", target, fd)
     writers = _writers({"--junit": junit, "--html": html})
@@ -103,10 +104,17 @@ def check(
     return _exit_code(report, *came[:1])
 
 
-def _tell(checks: Sequence[Check], *, alone: bool, json: bool) -> None:
+def _tell(explain: str, checks: Sequence[Check], *, json: bool) -> None:
+    """Tell about a check or a rule, about ``checks`` if none is named."""
+    rule = rules().get(explain)
+    if explain and not rule:
+        checks = [find(explain)]
     if json:
-        print(json_format.dumps(checks_as_data(checks), indent=2))
-    elif alone:
+        data = {"id": explain, "rule": rule} if rule else checks_as_data(checks)
+        print(json_format.dumps(data, indent=2))
+    elif rule:
+        explain_rule(explain)
+    elif explain:
         explain_check(checks[0])
     else:
         list_checks(checks)

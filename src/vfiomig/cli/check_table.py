@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vfiomig.checks import CHAPTERS, Check, Result, Verdict
+from vfiomig.checks.rules import rules
 from vfiomig.fsm import capability_name
 from vfiomig.report.matrix import COLUMNS, LEGEND, matrix
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from vfiomig.checks import Report
     from vfiomig.report.matrix import Cell
 
-__all__ = ("Progress", "explain_check", "list_checks", "show")
+__all__ = ("Progress", "explain_check", "explain_rule", "list_checks", "show")
 
 STYLES: Final = {
     Verdict.PASS: "green",
@@ -49,7 +50,7 @@ TOLD: Final[dict[Verdict, tuple[str, ...]]] = {
     Verdict.DEVIATES: ("rule", "expected", "saw"),
 }
 WHERE_RULES_ARE: Final = (
-    "Rules such as LOAD-3 stand in docs/protocol.md; FAULT rules tell what drivers are known to do."
+    "vfiomig check --explain LOAD-3 tells a rule; FAULT rules tell what drivers are known to do."
 )
 #: Columns of a terminal from which the matrix has its spaces, and from which it is one.
 WIDE, NARROW = 90, 80
@@ -239,8 +240,19 @@ def explain_check(check: Check) -> None:
     if check.explanation:
         console.print(check.explanation)
     console.print(f"Rests on {check.clause}.", soft_wrap=True)
+    for name in check.rules:
+        console.print(Padding(_rule(name), (0, 0, 0, 2), expand=False))
     for condition in check.conditions:
         console.print(f"Only for {condition}.", soft_wrap=True)
     if check.danger is not None:
         danger = f"{check.danger.what} ({check.danger.rule})"
         console.print(f"Dangerous where it is not known to be safe: {danger}.", soft_wrap=True)
+
+
+def explain_rule(name: str) -> None:
+    """Print the text of a rule."""
+    Console(highlight=False).print(_rule(name))
+
+
+def _rule(name: str) -> Text:
+    return Text(f"{name}: ", style="bold").append(rules()[name], style="not bold")
