@@ -62,19 +62,22 @@ def test_the_command_serves_the_devices_and_names_their_descriptors(
 
 @pytest.mark.parametrize("machine", ["q35", "pc"])
 @pytest.mark.parametrize(
-    ("accel", "words", "cpu"),
-    [("tcg", "tcg,thread=multi", "max"), ("kvm", "kvm", "max,-arch-capabilities")],
+    ("accel", "words", "cpu", "size"),
+    [
+        ("tcg", "tcg,thread=multi", "max", "1048584K"),
+        ("kvm", "kvm", "max,-arch-capabilities", "1024M"),
+    ],
 )
 def test_machine_and_accelerator_are_as_asked_and_memory_can_be_mapped(
-    machine: str, accel: str, words: str, cpu: str, capsys: pytest.CaptureFixture[str]
+    machine: str, accel: str, words: str, cpu: str, size: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = printed(
         capsys, *("--device", "counter", "--machine", machine, "--accel", accel, "--memory", "1G")
     )
     assert values_of(command, "-machine") == [f"{machine},memory-backend=ram", "graphics=off"]
     assert (values_of(command, "-accel"), values_of(command, "-cpu")) == ([words], [cpu])
-    assert values_of(command, "-m") == ["1024M"]
-    assert "memory-backend-memfd,id=ram,size=1024M,share=on" in values_of(command, "-object")
+    assert values_of(command, "-m") == [size]
+    assert f"memory-backend-memfd,id=ram,size={size},share=on" in values_of(command, "-object")
     assert values_of(command, "-serial") == ["mon:stdio"]
     assert {"-kernel", "-append", "-initrd", "-incoming"}.isdisjoint(command)
 

@@ -8,6 +8,9 @@ import pytest
 
 from vfiomig.qemu.machine import Machine, arguments, for_people
 
+#: 512 MiB and no multiple of 64 pages; see machine.py.
+ODD = f"{512 * 1024 + 8}K"
+
 
 def options(words: list[str]) -> list[tuple[str, str]]:
     """Return the options that have a value, each with it."""
@@ -25,15 +28,21 @@ def words_for(machine: Machine, folder: str = "/tmp/g") -> list[str]:
 def test_a_machine_is_emulated_and_its_memory_can_be_shared() -> None:
     given = options(words_for(Machine(memory_mib=512)))
     assert ("-accel", "tcg,thread=multi") in given
-    assert ("-object", "memory-backend-memfd,id=ram,size=512M,share=on") in given
+    assert ("-object", f"memory-backend-memfd,id=ram,size={ODD},share=on") in given
     assert ("-machine", "q35,memory-backend=ram") in given
+    assert ("-m", ODD) in given
+
+
+def test_real_processors_get_exactly_the_memory_that_was_asked_for() -> None:
+    given = options(words_for(Machine(memory_mib=512, accel="kvm")))
+    assert ("-object", "memory-backend-memfd,id=ram,size=512M,share=on") in given
     assert ("-m", "512M") in given
 
 
 def test_memory_may_be_out_of_reach_for_another_process() -> None:
     given = options(words_for(Machine(memory_mib=512, shared_memory=False)))
     assert [value for word, value in given if word == "-object"] == [
-        "memory-backend-ram,id=ram,size=512M"
+        f"memory-backend-ram,id=ram,size={ODD}"
     ]
     assert ("-machine", "q35,memory-backend=ram") in given
 

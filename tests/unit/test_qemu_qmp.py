@@ -108,7 +108,7 @@ def test_an_event_is_waited_for_by_name_and_data(monitor: Monitor) -> None:
 
 def test_an_event_that_does_not_come_is_an_error_that_says_what_came(monitor: Monitor) -> None:
     monitor.says({"event": "STOP"})
-    with pytest.raises(GuestTimeout, match=r"no event RESUME in 0.2 s; seen: \['STOP'\]"):
+    with pytest.raises(GuestTimeout, match=r"no event RESUME in 0.2 s; seen: \{'STOP': 1\}"):
         monitor.qmp.wait_event("RESUME", timeout=0.2)
 
 

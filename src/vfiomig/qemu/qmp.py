@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -109,19 +110,19 @@ class Qmp:
         """
         limit = self._timeout if timeout is None else timeout
         deadline = time.monotonic() + limit
-        seen = []
+        seen: Counter[str] = Counter()
         while True:
             while self.events:
                 event = self.events.pop(0)
                 data: Message = event.get("data", {})
                 if event["event"] == name and (wanted is bool or wanted(data)):
                     return data
-                seen.append(event["event"])
+                seen[event["event"]] += 1
             try:
                 with self._explained(f"before an event {name}"):
                     message = self._receive(deadline)
             except GuestTimeout:
-                raise GuestTimeout(f"no event {name} in {limit} s; seen: {seen}") from None
+                raise GuestTimeout(f"no event {name} in {limit} s; seen: {dict(seen)}") from None
             if "event" not in message:
                 raise _no_monitor(message)
             self.events.append(message)
