@@ -173,14 +173,6 @@ UNUSED static void nap(double seconds)
         ;
 }
 
-/* In a child: kill the program, which has used a device for a moment, and hold on to nothing. */
-UNUSED static void kill_parent(void)
-{
-    CHECK(!close_range(3, ~0u, 0));
-    nap(0.1);
-    kill(getppid(), SIGKILL);
-}
-
 /* Child processes do their part and leave with 0. */
 UNUSED static void await_child(pid_t pid)
 {
@@ -191,6 +183,16 @@ UNUSED static void await_child(pid_t pid)
 
 /* BAR0 of a bound device. */
 #define BAR0 (0x56ULL << 56)
+
+/* Until a device that tells in BAR0 whether it is waiting is so. */
+UNUSED static void await_waiting(int device)
+{
+    char waiting;
+    do {
+        nap(0.001);
+        CHECK(pread(device, &waiting, 1, BAR0) == 1);
+    } while (!waiting);
+}
 
 /* Hand a descriptor over a socket, and take one. */
 UNUSED static void send_fd(int socket, int fd)
@@ -259,7 +261,7 @@ class Plain(Device):
 class Gated(Device):
     """Saves and loads 100 bytes, waits, and goes on with 100 more when BAR0 is written to.
 
-    The value written is the number of waits that it lets pass.
+    The value written is the number of waits that it lets pass; what is read tells whether it waits.
     """
 
     bar0 = Region(size=4096)
@@ -267,23 +269,34 @@ class Gated(Device):
 
     def __init__(self, *, first: bool = True) -> None:
         self.gate = threading.Semaphore(0)
+        self.waiting = False
         self.first = first
         self.resets = 0
+
+    @bar0.reader
+    def read_bar0(self, offset: int, length: int) -> bytes:
+        return bytes([self.waiting]) * length
 
     @bar0.writer
     def write_bar0(self, offset: int, data: bytes) -> None:
         for _ in range(data[0]):
             self.gate.release()
 
+    def wait(self) -> bool:
+        self.waiting = True
+        went_on = self.gate.acquire(timeout=PATIENCE)
+        self.waiting = False
+        return went_on
+
     def save(self) -> Iterator[Buffer]:
         if self.first:
             yield b"a" * 100
-        while self.gate.acquire(timeout=PATIENCE):
+        while self.wait():
             yield b"b" * 100
 
     def load(self, state: StateReader) -> None:
         state.read(100)
-        self.gate.acquire(timeout=PATIENCE)
+        self.wait()
         state.read(100)
 
     def state_size(self) -> int:
@@ -296,26 +309,33 @@ class Gated(Device):
 
 
 class Slow(Plain):
-    """Takes its time for every arc into STOP, and counts."""
+    """Takes its time for every arc into STOP, and tells in BAR0 that it is at one."""
+
+    bar0 = Region(size=4096)
 
     def __init__(self, seconds: float) -> None:
         super().__init__(4096)
         self.seconds = seconds
         self.arcs: list[str] = []
-        self.under_way = 0
-        self.most = 0
+        self.under_way = False
+
+    @bar0.reader
+    def read_bar0(self, offset: int, length: int) -> bytes:
+        return bytes([self.under_way]) * length
 
     def step(self, origin: State, target: State) -> None:
         self.arcs.append(f"{origin.name}-{target.name}")
         if target is State.STOP:
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
+            self.under_way = True
             time.sleep(self.seconds)
-            self.under_way -= 1
+            self.under_way = False
 
 
 class Worker(Device):
-    """Writes and reads at ``BUS`` all the time that it runs, and notes which memory it met."""
+    """Writes and reads at ``BUS`` all the time that it runs, and notes which memory it met.
+
+    BAR0 tells how often it could, and behind that how often it was refused.
+    """
 
     BUS = 0x100000
     bar0 = Region(size=4096)
@@ -363,7 +383,9 @@ class Worker(Device):
 
     @bar0.reader
     def read_bar0(self, offset: int, size: int) -> bytes:
-        return self.rounds.to_bytes(8, "little")[offset : offset + size]
+        numbers = self.rounds, self.refusals
+        told = b"".join(number.to_bytes(8, "little") for number in numbers)
+        return told[offset : offset + size]
 
     def check(self) -> None:
         """Nothing went wrong, and something happened."""

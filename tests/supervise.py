@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vfiomig.doors.syscall.filter import exact_filter
@@ -15,14 +16,13 @@ from vfiomig.doors.syscall.launch import launch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from vfiomig.doors.syscall.notify import Listener, Notification
     from vfiomig.doors.syscall.program import Program
 
     Handler = Callable[[Listener, Notification], bool]
 
-__all__ = ("Outcome", "Served", "carry_on", "compile_c", "run_served")
+__all__ = ("Outcome", "Served", "carry_on", "compile_c", "run_served", "state_of")
 
 PATIENCE = 20.0
 
@@ -36,6 +36,14 @@ def compile_c(source: str, folder: Path, name: str = "client") -> str:
         ["gcc", "-O1", "-Wall", "-Werror", "-pthread", "-o", binary, file], check=True, timeout=60
     )
     return str(binary)
+
+
+def state_of(pid: int) -> str:
+    """The letter that the kernel has for the state of a process, or "gone"."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
 
 
 def carry_on(_listener: Listener, _call: Notification) -> bool:

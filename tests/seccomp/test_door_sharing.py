@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from door_programs import Gated, Plain, Slow, build, serve, served
+from in_process import wait_until
+from supervise import state_of
+from vfiomig import Region
 from vfiomig.fsm import State
 
 if TYPE_CHECKING:
@@ -279,57 +285,98 @@ def test_opening_through_proc_is_another_open(tmp_path: Path) -> None:
     assert serve([Plain(4096)], [program]) == 0
 
 
-KILLED_IN_AN_ARC = r"""
-    int main(int argc, char **argv)
+class Killer:
+    """A hook's way to be under way when the program is killed that has written its number."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def kill(self) -> None:
+        if self.file.exists():
+            pid = int(self.file.read_text())
+            self.file.unlink()
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: state_of(pid) in {"gone", "Z"})
+
+
+#: To be killed, a program is given the name of the file that a ``Killer`` knows.
+KILLED = r"""
+    static void may_be_killed(int argc, char **argv)
     {
-        int device = use_device(0);
-        if (argc == 1) {
-            IS(get_state(device), RUNNING);
-            IS(set_state(device, RUNNING_P2P, 0), 0);
-            return 0;
+        if (argc > 1) {
+            FILE *file = fopen(argv[1], "w");
+            CHECK(file && fprintf(file, "%d", getpid()) > 0 && !fclose(file));
         }
-        if (fork() == 0) {
-            kill_parent();
-            _exit(0);
-        }
-        set_state(device, STOP, 0);
-        return 9;
     }
 """
 
 
+def serve_killed_and_again(device: Plain | Gated, folder: Path, body: str) -> None:
+    """Run a program that is killed, and then once more as it is."""
+    program, file = build(folder, KILLED + body), folder / "pid"
+    script = f"{program} {file}; test $? = {128 + signal.SIGKILL} && {program}"
+    assert serve([device], ["sh", "-c", script]) == 0
+
+
 def test_a_program_killed_in_the_middle_of_an_arc_leaves_a_usable_device(tmp_path: Path) -> None:
-    device = Slow(0.4)
-    program = build(tmp_path, KILLED_IN_AN_ARC)
-    assert serve([device], ["sh", "-c", f"{program} die; {program}"]) == 0
-    assert device.arcs == ["RUNNING-RUNNING_P2P", "RUNNING_P2P-STOP", "RUNNING-RUNNING_P2P"]
+    killer = Killer(tmp_path / "pid")
+    arcs: list[str] = []
 
+    class Killing(Plain):
+        def step(self, origin: State, target: State) -> None:
+            arcs.append(f"{origin.name}-{target.name}")
+            if target is State.STOP:
+                killer.kill()
 
-class SlowStart(Plain):
-    def start(self) -> None:
-        time.sleep(0.3)
-
-
-def test_a_program_killed_while_it_binds_leaves_a_usable_device(tmp_path: Path) -> None:
-    program = build(
+    serve_killed_and_again(
+        Killing(4096),
         tmp_path,
         r"""
         int main(int argc, char **argv)
         {
-            if (argc > 1 && fork() == 0) {
-                kill_parent();
-                _exit(0);
-            }
-            IS(get_state(use_device(0)), RUNNING);
-            return argc > 1 ? 9 : 0;
+            int device = use_device(0);
+            IS(get_state(device), RUNNING);
+            may_be_killed(argc, argv);
+            set_state(device, argc > 1 ? STOP : RUNNING_P2P, 0);
+            return 0;
         }
         """,
     )
-    assert serve([SlowStart(4096)], ["sh", "-c", f"{program} die; {program}"]) == 0
+    assert arcs == ["RUNNING-RUNNING_P2P", "RUNNING_P2P-STOP", "RUNNING-RUNNING_P2P"]
+
+
+def test_a_program_killed_while_it_binds_leaves_a_usable_device(tmp_path: Path) -> None:
+    killer = Killer(tmp_path / "pid")
+
+    class Killing(Plain):
+        def start(self) -> None:
+            killer.kill()
+
+    serve_killed_and_again(
+        Killing(4096),
+        tmp_path,
+        r"""
+        int main(int argc, char **argv)
+        {
+            may_be_killed(argc, argv);
+            IS(get_state(use_device(0)), RUNNING);
+            return 0;
+        }
+        """,
+    )
 
 
 def test_a_program_killed_in_a_held_read_leaves_a_usable_device(tmp_path: Path) -> None:
-    program = build(
+    killer = Killer(tmp_path / "pid")
+
+    class Killing(Gated):
+        def wait(self) -> bool:
+            killer.kill()
+            return super().wait()
+
+    device = Killing()
+    serve_killed_and_again(
+        device,
         tmp_path,
         r"""
         int main(int argc, char **argv)
@@ -339,18 +386,13 @@ def test_a_program_killed_in_a_held_read_leaves_a_usable_device(tmp_path: Path) 
             IS(get_state(device), RUNNING);
             int fd = data_fd(device, STOP_COPY);
             IS(read(fd, bytes, 100), 100);
-            if (argc > 1 && fork() == 0) {
-                kill_parent();
-                _exit(0);
-            }
+            may_be_killed(argc, argv);
             if (argc > 1)
                 read(fd, bytes, 100);
-            return argc > 1 ? 9 : 0;
+            return 0;
         }
         """,
     )
-    device = Gated()
-    assert serve([device], ["sh", "-c", f"{program} die; {program}"]) == 0
     assert device.resets == 2
 
 
@@ -365,17 +407,16 @@ def test_a_program_may_exit_while_an_arc_runs(tmp_path: Path) -> None:
             pthread_t thread;
             device = use_device(0);
             pthread_create(&thread, 0, stop, 0);
-            nap(0.1);
+            await_waiting(device);
             return 7;
         }
         """,
     )
     device = Slow(0.5)
     named = served(device)
-    started = time.monotonic()
     assert serve(named, [program]) == 7
-    assert time.monotonic() - started >= 0.5
-    assert device.under_way == 0
+    assert device.arcs == ["RUNNING-RUNNING_P2P", "RUNNING_P2P-STOP"]
+    assert not device.under_way
     assert named[0].migration.state() is State.RUNNING
 
 
@@ -387,24 +428,37 @@ def test_other_devices_are_served_while_one_closes(tmp_path: Path) -> None:
         {
             int slow = use_device(0), quick = use_device(1);
             IS(set_state(slow, STOP, 0), 0);
-            close(slow);  /* its reset takes half a second */
-            double started = now();
+            close(slow);  /* its reset takes until the other one is told, and a while longer */
             for (int i = 0; i < 100; i++)
                 IS(get_state(quick), RUNNING);
-            CHECK(now() - started < 0.3);
+            IS(pwrite(quick, "", 1, BAR0), 1);
             slow = use_device(0);
-            CHECK(now() - started > 0.3);
             IS(get_state(slow), RUNNING);
             return 0;
         }
         """,
     )
+    told = threading.Event()
+    log: list[str] = []
 
     class SlowReset(Plain):
-        def reset(self) -> None:
-            time.sleep(0.5)
+        def start(self) -> None:
+            log.append("start")
 
-    assert serve([SlowReset(4096), Plain(4096)], [program]) == 0
+        def reset(self) -> None:
+            log.append("reset begins" if told.wait(20) else "the other was not served")
+            time.sleep(0.2)
+            log.append("reset ends")
+
+    class Quick(Plain):
+        bar0 = Region(size=4096)
+
+        @bar0.writer
+        def write_bar0(self, offset: int, data: bytes) -> None:
+            told.set()
+
+    assert serve([SlowReset(4096), Quick(4096)], [program]) == 0
+    assert log[:4] == ["start", "reset begins", "reset ends", "start"]
 
 
 @pytest.mark.parametrize("filter_name", ["exact", "fast"])

@@ -20,12 +20,21 @@ if TYPE_CHECKING:
 ALARMED = r"""
     static volatile int alarms;
     static void ring(int number) { alarms += number == SIGALRM; }
-    static void alarm_in(double seconds, int flags)
+    UNUSED static void on_alarm(int flags)
     {
         struct sigaction action = { .sa_handler = ring, .sa_flags = flags };
-        struct itimerval timer = { { 0, 0 }, { 0, (suseconds_t)(seconds * 1e6) } };
         CHECK(!sigaction(SIGALRM, &action, 0));
-        CHECK(!setitimer(ITIMER_REAL, &timer, 0));
+    }
+    /* The device waits in a call of this process, and then the alarm comes. */
+    UNUSED static pid_t alarm_when_waiting(int device)
+    {
+        pid_t parent = getpid(), child = fork();
+        if (!child) {
+            await_waiting(device);
+            kill(parent, SIGALRM);
+            _exit(0);
+        }
+        return child;
     }
 """
 
@@ -39,8 +48,10 @@ def test_an_arc_runs_once_whatever_signals_come(flags: str, tmp_path: Path) -> N
         int main(void)
         {
             int device = use_device(0);
-            alarm_in(0.1, FLAGS);
+            on_alarm(FLAGS);
+            pid_t child = alarm_when_waiting(device);
             IS(set_state(device, STOP, 0), 0);
+            await_child(child);
             IS(alarms, 1);
             IS(get_state(device), STOP);
             return 0;
@@ -62,8 +73,10 @@ def test_a_held_read_fails_with_eintr_and_loses_nothing(tmp_path: Path) -> None:
             char bytes[100], one = 1;
             int device = use_device(0), fd = data_fd(device, STOP_COPY);
             IS(read(fd, bytes, 100), 100);
-            alarm_in(0.1, 0);
+            on_alarm(0);
+            pid_t child = alarm_when_waiting(device);
             FAILS(read(fd, bytes, 100), EINTR);
+            await_child(child);
             IS(alarms, 1);
             IS(pwrite(device, &one, 1, BAR0), 1);
             IS(read(fd, bytes, 100), 100);
@@ -86,16 +99,21 @@ def test_a_held_read_is_restarted_if_the_handler_was_installed_so(
         + r"""
         static int device;
         static pthread_t reader;
-        static void *open_the_gate(void *nothing)
+        static volatile int *heard;
+        static void *open_the_gate(void *parent)
         {
             char one = 1;
-            nap(0.15);
+            await_waiting(device);
             if (THREADS)
                 pthread_kill(reader, SIGALRM);
-            nap(0.15);
+            else
+                kill((pid_t)(long)parent, SIGALRM);
+            while (!*heard)
+                nap(0.001);
             IS(pwrite(device, &one, 1, BAR0), 1);
-            return nothing;
+            return 0;
         }
+        static void ring_and_tell(int number) { ring(number); *heard = 1; }
         int main(void)
         {
             char bytes[100];
@@ -103,12 +121,15 @@ def test_a_held_read_is_restarted_if_the_handler_was_installed_so(
             int fd = data_fd(device, STOP_COPY);
             IS(read(fd, bytes, 100), 100);
             reader = pthread_self();
-            alarm_in(THREADS ? 0.0 : 0.1, SA_RESTART);
+            heard = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+            struct sigaction action = { .sa_handler = ring_and_tell, .sa_flags = SA_RESTART };
+            CHECK(!sigaction(SIGALRM, &action, 0));
             pthread_t thread;
+            void *self = (void *)(long)getpid();
             if (THREADS)
                 pthread_create(&thread, 0, open_the_gate, 0);
             else if (!fork()) {
-                open_the_gate(0);
+                open_the_gate(self);
                 _exit(0);
             }
             IS(read(fd, bytes, 100), 100);
@@ -163,8 +184,10 @@ def test_a_held_write_gives_way_to_a_signal(tmp_path: Path) -> None:
             char bytes[200] = { 0 }, one = 1;
             int device = use_device(0), fd = data_fd(device, RESUMING);
             IS(write(fd, bytes, 50), 50);
-            alarm_in(0.1, 0);
+            on_alarm(0);
+            pid_t child = alarm_when_waiting(device);
             ssize_t n = write(fd, bytes, 150);  /* the device takes 50 of it, then waits */
+            await_child(child);
             IS(alarms, 1);
             IS(n, 50);
             IS(pwrite(device, &one, 1, BAR0), 1);
@@ -191,7 +214,7 @@ def run_command(*arguments: str, data: bytes = b"") -> subprocess.CompletedProce
         env=ENVIRONMENT,
         input=data,
         capture_output=True,
-        timeout=20,
+        timeout=50,
         check=False,
     )
 

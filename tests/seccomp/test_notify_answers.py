@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from in_process import wait_until
 from supervise import Served, compile_c, run_served
 from vfiomig.abi.syscalls import X86_64
 from vfiomig.doors.syscall.filter import fast_filter
@@ -350,8 +351,6 @@ int main(int argc, char **argv)
 {
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = atoi(argv[1]) ? SA_RESTART : 0};
     sigaction(SIGALRM, &action, 0);
-    struct itimerval soon = {.it_value = {0, 20000}};
-    setitimer(ITIMER_REAL, &soon, 0);
     show("asked", ASK(1, 0));
     show("handled", handled);
     return 0;
@@ -367,11 +366,10 @@ def signal_pending(tid: int) -> bool:
     return bool(pending & 1 << signal.SIGALRM - 1)
 
 
-def wait_for_signal(tid: int) -> None:
-    deadline = time.monotonic() + 10
-    while not signal_pending(tid):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def send_signal(tid: int) -> None:
+    """Have a signal wait for whoever waits for its answer."""
+    os.kill(tid, signal.SIGALRM)
+    wait_until(lambda: signal_pending(tid))
 
 
 @pytest.mark.parametrize("sa_restart", ["0", "1"])
@@ -384,7 +382,7 @@ def test_a_signal_does_not_make_a_call_happen_twice(tmp_path: Path, sa_restart: 
         if request(call) != 1:
             return False
         calls += 1
-        wait_for_signal(call.tid)
+        send_signal(call.tid)
         assert listener.valid(call.id)
         return listener.reply(call.id, 5)
 
@@ -409,7 +407,7 @@ def test_restart_leaves_the_decision_to_the_callers_handler(
             return False
         calls += 1
         if calls == 1:
-            wait_for_signal(call.tid)
+            send_signal(call.tid)
             return listener.restart(call.id)
         return listener.reply(call.id, 5)
 
