@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from in_process import wait_until
 from vfiomig.client.local import LocalTransfer
-from vfiomig.client.vfio_user.channel import Channel
+from vfiomig.client.vfio_user.channel import Channel, _comes
 from vfiomig.client.vfio_user.connecting import OURS, greet
 from vfiomig.client.vfio_user.stream import Stream, _wait
 from vfiomig.wire import ClientConnection
@@ -26,7 +26,7 @@ REQUEST, REPLY, ERROR = 0, 1, 0x20
 DEADLINE = 10.0
 #: Where a client's thread waits: for what comes, for another thread that receives it, or for a
 #: device in this process.
-WAITS = (_wait.__code__, threading.Condition.wait.__code__, LocalTransfer.wait.__code__)
+WAITS = (_wait.__code__, _comes.__code__, LocalTransfer.wait.__code__)
 
 
 class Raw(NamedTuple):

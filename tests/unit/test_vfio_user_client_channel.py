@@ -57,8 +57,8 @@ def answer_feature(peer: RawPeer, request: Raw) -> None:
 def read(channel: Channel, buffer: bytearray) -> int:
     size = len(buffer)
     head = MIG_DATA.pack(8 + size, size)
-    sent = channel.send(READ, head, into=memoryview(buffer))
-    return channel.finish(sent, partial(replies.mig_read_untrusted, asked=size))
+    parse = partial(replies.mig_read_untrusted, asked=size)
+    return channel.call(parse, READ, head, into=memoryview(buffer))
 
 
 def data(state: bytes, padding: int = 0) -> bytes:
@@ -454,12 +454,11 @@ def test_region_data_need_not_be_whole_in_one_piece() -> None:
         buffer = bytearray(9000)
         head = REGION_ACCESS.pack(0, 0, len(buffer))
         content = os.urandom(len(buffer))
-        sent = channel.send(REGION_READ, head, into=memoryview(buffer))
 
         def parse(reply: Reply) -> None:
             replies.region_read_untrusted(reply, len(buffer))
 
-        asking = InThread(partial(channel.finish, sent, parse))
+        asking = InThread(lambda: channel.call(parse, REGION_READ, head, into=memoryview(buffer)))
         request = peer.receive()
         answer = message(REGION_READ, head + content, request.msg_id, REPLY)
         for at in range(0, len(answer), 1000):

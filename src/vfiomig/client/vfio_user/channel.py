@@ -10,7 +10,8 @@ server may have something to ask for. It sleeps in an epoll, from which the sock
 while a request is on its way: it is never woken for what is not its own.
 
 A wait may be given up, by Ctrl-C say: the reply is dropped when it comes, and nothing is written
-into a buffer whose owner has gone. The connection as a whole is given up, once and for ever, when
+into a buffer whose owner has gone. Wherever in a request Ctrl-C comes, nobody is left waiting for
+it. The connection as a whole is given up, once and for ever, when
 the server breaks the protocol, does not answer in time or goes away, and when a thread is
 interrupted just while bytes move, since nobody knows then where in the stream it is. Every call
 fails from there on, with the reason.
@@ -32,6 +33,8 @@ from vfiomig.wire import Reply, Request, command_name, rest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Self
 
     from vfiomig.client.vfio_user.stream import Stream
     from vfiomig.wire import Buffer, Buffers, ClientConnection
@@ -48,20 +51,42 @@ INTERRUPTED = 1000
 
 
 class Call:
-    """A request that was sent, and its reply when it has come."""
+    """A request and its reply, as a context: whoever leaves it by an error gives the reply up."""
 
-    __slots__ = ("abandoned", "command", "deadline", "fds_to", "into", "msg_id", "reply")
+    __slots__ = (
+        "_channel",
+        "abandoned",
+        "command",
+        "deadline",
+        "fds_to",
+        "into",
+        "msg_id",
+        "reply",
+    )
 
     def __init__(
-        self, command: int, into: memoryview | None, fds_to: list[Fd] | None, deadline: float
+        self, channel: Channel, command: int, into: memoryview | None, fds_to: list[Fd] | None
     ) -> None:
+        self._channel = channel
         self.command = command
         self.into = into
         self.fds_to = fds_to
-        self.deadline = deadline
+        self.deadline = time.monotonic() + channel.timeout
         self.msg_id = -1
         self.reply: Reply | None = None
         self.abandoned = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._channel.abandon(self)
 
 
 class Filling:
@@ -92,11 +117,12 @@ class Channel:
         self._stream = stream
         #: Held while a message is sent, from its making to its last byte.
         self._sending = threading.Lock()
-        #: Guards everything below, and tells of every change of it that somebody may wait for.
-        self._changed = threading.Condition()
+        #: Guards everything below. No condition, because Ctrl-C inside of its code leaves it held.
+        self._lock = threading.Lock()
         #: The thread that receives, 0 for none.
         self._receiver = 0
-        self._waiting = 0
+        #: What those wait for who are not.
+        self._turns: list[threading.Lock] = []
         self._calls: dict[int, Call] = {}
         self._failure: RequestError | None = None
         self._attendant: Attendant | None = None
@@ -119,53 +145,46 @@ class Channel:
         head: Buffer = b"",
         *data: Buffer,
         fds: Sequence[int] = (),
-    ) -> T:
-        """Make a request and return what ``parse`` finds in the reply; see ``finish``."""
-        return self.finish(self.send(command, head, *data, fds=fds), parse)
-
-    def send(
-        self,
-        command: int,
-        head: Buffer = b"",
-        *data: Buffer,
-        fds: Sequence[int] = (),
         into: memoryview | None = None,
         fds_to: list[Fd] | None = None,
+    ) -> T:
+        """Make a request and return what ``parse`` finds in the reply; see the three below."""
+        with self.prepare(command, into, fds_to) as call:
+            self.send(call, head, *data, fds=fds)
+            return self.finish(call, parse)
+
+    def prepare(
+        self, command: int, into: memoryview | None = None, fds_to: list[Fd] | None = None
     ) -> Call:
-        """Send a request. Data of its reply go ``into`` a buffer; what does not fit is dropped.
+        """Begin a request. Data of its reply go ``into`` a buffer; what does not fit is dropped.
 
         Descriptors of its reply go to ``fds_to``, if that is given, for the caller to close.
+        """
+        return Call(self, command, into, fds_to)
+
+    def send(self, call: Call, head: Buffer = b"", *data: Buffer, fds: Sequence[int] = ()) -> None:
+        """Send a request, in whose context this happens.
 
         Raises:
             RequestError: the connection was given up.
         """
-        call = Call(command, into, fds_to, time.monotonic() + self.timeout)
         with self._sending:
             self._require_open()
-            outgoing = self.connection.request(command, head, *data, fds=fds)
+            outgoing = self.connection.request(call.command, head, *data, fds=fds)
             call.msg_id = outgoing.msg_id
-            with self._changed:
+            with self._lock:
                 self._calls[outgoing.msg_id] = call
                 self._watch()
-            try:
-                self._send(outgoing.buffers, outgoing.fds, call.deadline)
-            except BaseException:
-                self._abandon(call)
-                raise
-        return call
+            self._send(outgoing.buffers, outgoing.fds, call.deadline)
 
     def finish(self, call: Call, parse: Callable[[Reply], T]) -> T:
-        """Wait for the reply and return what ``parse`` finds in it.
+        """Wait for the reply to a request that was sent; return what ``parse`` finds in it.
 
         Raises:
             OSError: the errno that the server answered.
             RequestError: EPROTO, ETIMEDOUT or ENODEV; the connection is given up.
         """
-        try:
-            self._wait(call)
-        except BaseException:
-            self._abandon(call)
-            raise
+        self._wait(call)
         reply = call.reply
         assert reply is not None
         if reply.errno:
@@ -181,12 +200,12 @@ class Channel:
                 errno.EPROTO, f"sends what means nothing: {error.strerror}"
             ) from None
 
-    def _abandon(self, call: Call) -> None:
+    def abandon(self, call: Call) -> None:
         """Drop what comes for a call from now on."""
-        with self._changed:
+        with self._lock:
             call.abandoned = True
             self._calls.pop(call.msg_id, None)
-            self._watch()
+            self._pass_on_locked()
 
     def _count_interruptions(self, reply: Reply) -> None:
         self._interrupted = self._interrupted + 1 if reply.errno == errno.EINTR else 0
@@ -196,43 +215,50 @@ class Channel:
     # Waiting and receiving.
 
     def _wait(self, call: Call) -> None:
+        me = threading.get_ident()
         try:
             while call.reply is None:
-                if self._take_part(call):
+                if self._take_part(call, me):
                     while call.reply is None:
                         self._step(call)
         finally:
-            if self._receiver == threading.get_ident():
-                self._leave_part()
+            if self._receiver == me:
+                self._receiver = 0  # at once; if Ctrl-C comes now, leaving the call passes it on
+                self._pass_on()
 
-    def _take_part(self, call: Call) -> bool:
+    def _take_part(self, call: Call, me: int) -> bool:
         """Become the receiver, or return when the reply is there or the part is free again."""
-        with self._changed:
+        with self._lock:
             if call.reply is not None:
                 return False
-            if self._receiver and self._failure is None:
-                self._waiting += 1
-                try:
-                    in_time = self._changed.wait(call.deadline - time.monotonic())
-                finally:
-                    self._waiting -= 1
-                if in_time or call.reply is not None:
-                    return False
-            elif self._failure is None:
-                self._receiver = threading.get_ident()
+            self._require_open()
+            if not self._receiver:
+                self._receiver = me
                 return True
-        self._require_open()
-        raise self._late(call.command)
+            turn = self._turn_locked()
+        if not _comes(turn, call.deadline) and call.reply is None:
+            raise self._late(call.command)
+        return False
 
-    def _leave_part(self) -> None:
-        with self._changed:
-            self._receiver = 0
-            self._watch()
-            if self._waiting:
-                self._changed.notify_all()
+    def _turn_locked(self) -> threading.Lock:
+        """Return a lock that is held until something changes for whoever waits."""
+        turn = threading.Lock()
+        turn.acquire()
+        self._turns.append(turn)
+        return turn
+
+    def _pass_on(self) -> None:
+        with self._lock:
+            self._pass_on_locked()
+
+    def _pass_on_locked(self) -> None:
+        """Let others see who receives now, and what is awaited."""
+        self._watch()
+        while self._turns:
+            self._turns.pop().release()
 
     def _watch(self) -> None:
-        """Let the attendant look at the socket if nobody else does. ``_changed`` is held."""
+        """Let the attendant look at the socket if nobody else does. ``_lock`` is held."""
         if self._attendant is not None:
             alone = not self._calls and not self._receiver and self._failure is None
             self._attendant.watch(alone)
@@ -281,7 +307,7 @@ class Channel:
         if not message.fds:
             return
         call = self._calls.get(message.msg_id) if isinstance(message, Reply) else None
-        with self._changed:  # its owner does not go meanwhile
+        with self._lock:  # its owner does not go meanwhile
             if call is not None and call.fds_to is not None and not call.abandoned:
                 call.fds_to += map(Fd, message.fds)
                 return
@@ -308,7 +334,7 @@ class Channel:
             return  # nobody waits for it any more
         if call.into is not None and reply.data_size:
             view = call.into[: reply.data_size]
-            with self._changed:
+            with self._lock:
                 if call.abandoned:
                     return
                 filling = Filling(reply, view, call)
@@ -318,17 +344,15 @@ class Channel:
         self._finish_call(call, reply)
 
     def _finish_call(self, call: Call, reply: Reply) -> None:
-        with self._changed:
+        with self._lock:
             self._calls.pop(reply.msg_id, None)
-            self._watch()
             call.reply = reply
-            if self._waiting:
-                self._changed.notify_all()
+            self._pass_on_locked()
 
     def _fill(self, filling: Filling) -> None:
         """Receive more of the data of one message."""
         owner = filling.owner
-        with self._changed:  # its owner does not go while bytes are put into its buffer
+        with self._lock:  # its owner does not go while bytes are put into its buffer
             if owner is not None and owner.abandoned:
                 self._filling = None
                 return
@@ -388,12 +412,11 @@ class Channel:
 
     def give_up(self, number: int, what: str) -> RequestError:
         """Give the connection up; return the error to raise. The first reason stays."""
-        with self._changed:
+        with self._lock:
             if self._failure is None:
                 self._failure = RequestError(number, f"the server at {self.name} {what}")
             failure = self._failure
-            self._watch()
-            self._changed.notify_all()
+            self._pass_on_locked()
         self._stream.shut_down()
         return RequestError(failure.errno or number, failure.strerror or "")
 
@@ -412,7 +435,7 @@ class Channel:
 
     def attend(self) -> None:
         """From now on answer the server also while nobody waits for a reply."""
-        with self._changed:
+        with self._lock:
             if self._attendant is None and self._failure is None:
                 self._attendant = Attendant(self._stream, self._attend)
                 self._watch()
@@ -420,7 +443,7 @@ class Channel:
 
     def _attend(self) -> bool:
         """Receive once, unless somebody else does; ``False`` at the end."""
-        with self._changed:
+        with self._lock:
             if self._failure is not None:
                 return False
             if self._receiver:
@@ -432,7 +455,8 @@ class Channel:
         except RequestError:
             return False  # whoever calls next is told
         finally:
-            self._leave_part()
+            self._receiver = 0
+            self._pass_on()
         return True
 
     def close(self) -> None:
@@ -441,18 +465,24 @@ class Channel:
         attendant = self._attendant
         if attendant is not None:
             attendant.stop()
-        with self._sending, self._changed:
-            self._changed.wait_for(lambda: not self._receiver, self.timeout)
+        deadline = time.monotonic() + self.timeout
+        while (turn := self._turn_after_receiver()) is not None and _comes(turn, deadline):
+            pass
+        with self._sending:
             for fd in self.connection.close():
                 os.close(fd)
             self._stream.close()
+
+    def _turn_after_receiver(self) -> threading.Lock | None:
+        with self._lock:
+            return self._turn_locked() if self._receiver else None
 
 
 class Attendant:
     """The thread that receives while nobody waits for a reply."""
 
     def __init__(self, stream: Stream, attend: Callable[[], bool]) -> None:
-        self._stream = stream
+        self._socket = stream.fileno()
         self._attend = attend
         self._idle = select.epoll()
         self._end = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -468,9 +498,9 @@ class Attendant:
         if on is not self._watching:
             self._watching = on
             if on:
-                self._idle.register(self._stream, select.EPOLLIN)
+                self._idle.register(self._socket, select.EPOLLIN)
             else:
-                self._idle.unregister(self._stream)
+                self._idle.unregister(self._socket)
 
     def _run(self) -> None:
         while True:
@@ -483,6 +513,11 @@ class Attendant:
         self._thread.join()
         self._idle.close()
         os.close(self._end)
+
+
+def _comes(turn: threading.Lock, deadline: float) -> bool:
+    """Wait for a turn."""
+    return turn.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def done(reply: Reply) -> None:

@@ -26,15 +26,16 @@ from vfiomig.wire import replies, requests
 from vfiomig.wire.layouts import MIG_DATA, REGION_ACCESS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from vfiomig.client.vfio_user.channel import Call, Channel
+    from vfiomig.client.vfio_user.channel import Channel
     from vfiomig.descriptors import Fd
     from vfiomig.wire import Limits, Reply
     from vfiomig.wire.replies import RegionReply
 
 __all__ = ("REGION_LIMIT", "STOPPED", "Remote")
 
+DATA_READ, DATA_WRITE = vfio_user.VFIO_USER_MIG_DATA_READ, vfio_user.VFIO_USER_MIG_DATA_WRITE
 DEVICE_STATE = vfio.VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE
 #: More regions than any device has: who claims more wants to keep its client busy.
 MOST_REGIONS = 256
@@ -114,7 +115,7 @@ class Remote:
 
         asked = bytes(vfio.RegionInfo(argsz=room, index=index))
         command = vfio_user.VFIO_USER_DEVICE_GET_REGION_INFO
-        return self.channel.finish(self.channel.send(command, asked, fds_to=fds), parse)
+        return self.channel.call(parse, command, asked, fds_to=fds)
 
     def irq(self, index: int) -> vfio.IrqInfo:
         asked = vfio.IrqInfo(argsz=vfio.IrqInfo.SIZE, index=index)
@@ -146,9 +147,12 @@ class Remote:
         while view:
             piece, view = view[: self.limits.data_out], view[self.limits.data_out :]
             count = len(piece)
-            head = REGION_ACCESS.pack(offset, index, count)
-            call = self.channel.send(vfio_user.VFIO_USER_REGION_READ, head, into=piece)
-            self.channel.finish(call, partial(replies.region_read_untrusted, count=count))
+            self.channel.call(
+                partial(replies.region_read_untrusted, count=count),
+                vfio_user.VFIO_USER_REGION_READ,
+                REGION_ACCESS.pack(offset, index, count),
+                into=piece,
+            )
             offset += count
 
     def write_region(self, index: int, offset: int, data: memoryview) -> None:
@@ -200,44 +204,32 @@ class Remote:
 
     def read_data(self, data_fd: DataFd, buffer: memoryview) -> int:
         view = buffer[: self.limits.data_out]
-        with self._accounted(data_fd):
+        with self._accounted(data_fd), self.channel.prepare(DATA_READ, view) as call:
             with self.order:
                 self._require(data_fd, SessionKind.SAVING)
-                call = self._ask_for_data(view)
-            return self._finish_read(call, view)
+                self.channel.send(call, _data_head(view))
+            return self.channel.finish(call, _count_in(view))
 
     def read_locked(self, view: memoryview) -> int:
         """Read from whatever session is open; ``view`` has no more than fits a message."""
-        return self._finish_read(self._ask_for_data(view), view)
-
-    def _ask_for_data(self, view: memoryview) -> Call:
-        size = len(view)
-        head = MIG_DATA.pack(MIG_DATA.size + size, size)
-        return self.channel.send(vfio_user.VFIO_USER_MIG_DATA_READ, head, into=view)
-
-    def _finish_read(self, call: Call, view: memoryview) -> int:
-        return self.channel.finish(call, partial(replies.mig_read_untrusted, asked=len(view)))
+        return self.channel.call(_count_in(view), DATA_READ, _data_head(view), into=view)
 
     def write_data(self, data_fd: DataFd, data: memoryview) -> int:
         piece = data[: self._data_out]
-        with self._accounted(data_fd):
+        with self._accounted(data_fd), self.channel.prepare(DATA_WRITE) as call:
             with self.order:
                 self._require(data_fd, SessionKind.RESUMING)
                 if not piece:
                     return 0
-                call = self._offer_data(piece)
+                self.channel.send(call, _data_head(piece), piece)
             self.channel.finish(call, done)
             return len(piece)
 
     def write_locked(self, data: memoryview) -> int:
         """Write to whatever session is open, as much as fits a message."""
         piece = data[: self._data_out]
-        self.channel.finish(self._offer_data(piece), done)
+        self.channel.call(done, DATA_WRITE, _data_head(piece), piece)
         return len(piece)
-
-    def _offer_data(self, piece: memoryview) -> Call:
-        head = MIG_DATA.pack(MIG_DATA.size + len(piece), len(piece))
-        return self.channel.send(vfio_user.VFIO_USER_MIG_DATA_WRITE, head, piece)
 
     @contextmanager
     def _accounted(self, data_fd: DataFd) -> Iterator[None]:
@@ -257,13 +249,14 @@ class Remote:
 
     def precopy_info(self, data_fd: DataFd, asked: vfio.PrecopyInfo) -> vfio.PrecopyInfo:
         """Ask what is left before STOP_COPY."""
-        with self.order:
-            if self.sessions.state is None:
-                self.query_locked()
-            if not self.sessions.is_open(data_fd):
-                raise OSError(self._stale_info_locked(), "the session is over")
-            call = self.channel.send(vfio_user.VFIO_USER_MIG_GET_PRECOPY_INFO, bytes(asked))
-        return self.channel.finish(call, replies.precopy_info_untrusted)
+        with self.channel.prepare(vfio_user.VFIO_USER_MIG_GET_PRECOPY_INFO) as call:
+            with self.order:
+                if self.sessions.state is None:
+                    self.query_locked()
+                if not self.sessions.is_open(data_fd):
+                    raise OSError(self._stale_info_locked(), "the session is over")
+                self.channel.send(call, bytes(asked))
+            return self.channel.finish(call, replies.precopy_info_untrusted)
 
     def _stale_info_locked(self) -> int:
         """Return what a kernel says to who asks by a data_fd of an earlier session."""
@@ -272,3 +265,12 @@ class Remote:
         if Capability.PRE_COPY not in Capability(vfio.FeatureMigration.parse(told).flags):
             return errno.ENOTTY
         return errno.ENODEV if self.sessions.state in PRE_COPY_GROUP else errno.EINVAL
+
+
+def _data_head(view: memoryview) -> bytes:
+    return MIG_DATA.pack(MIG_DATA.size + len(view), len(view))
+
+
+def _count_in(view: memoryview) -> Callable[[Reply], int]:
+    """Return what finds in a reply how much of ``view`` was filled."""
+    return partial(replies.mig_read_untrusted, asked=len(view))
