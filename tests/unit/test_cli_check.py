@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from c_style_server import CStyleServer
+from vfiomig import State
 from vfiomig.checks import CHAPTERS, CHECKS
 from vfiomig.cli.app import main
 
@@ -179,6 +181,23 @@ def test_a_rule_that_a_report_cites_is_told_without_a_checkout(
     assert check("--explain", "LOG-5", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told == {"id": "LOG-5", "rule": "`num_ranges` is not 0; otherwise: EINVAL"}
+
+
+def test_what_the_client_mends_is_told_by_the_report_and_not_over_and_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with CStyleServer(tmp_path / "c.sock", b"state") as server:
+        server.migration = State.STOP  # a former client has left it there
+        target = f"vfio-user:{tmp_path / 'c.sock'}"
+        assert check(target, "--only", "discovery", "--only", "reset", "--json") == 0
+    checks = {row["id"]: row for row in json.loads(capsys.readouterr().out)["checks"]}
+    for name, saw in (
+        ("discovery.an-untouched-device-is-in-running", "an earlier client left the device in"),
+        ("reset.from-stop", "no reset is possible in"),
+    ):
+        assert checks[name]["verdict"] == "deviates"
+        assert checks[name]["saw"] == f"what the client mended: {saw} STOP (FAULT-7)"
+    assert caplog.text.count("it is brought to RUNNING") == 1
 
 
 def test_v6_is_checked_where_a_model_is_served_in_it(capsys: pytest.CaptureFixture[str]) -> None:

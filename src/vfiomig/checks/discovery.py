@@ -13,6 +13,7 @@ from vfiomig.checks.evidence import Inapplicable, errno_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import Pages
 from vfiomig.checks.raw import GET, PROBE, SET
+from vfiomig.checks.resets import prefer_nothing_mended
 from vfiomig.fsm import LEGAL_SETS, Capability, State
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def an_untouched_device_is_in_running(subject: Subject) -> None:
 
     V6 has no query, so ERROR is asked for there, which is refused and tells the state.
     """
+    prefer_nothing_mended(subject, subject.mended)
     subject.evidence.step("ask for the state")
     reply = subject.raw.get_state()
     subject.evidence.expect_errno("the query of the state", reply.errno, 0)

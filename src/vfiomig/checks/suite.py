@@ -243,7 +243,8 @@ class Suite:
             log.exception("%s", check.id)
             return Verdict.NOT_RUN, "", f"{BUG}: {type(bug).__name__}: {bug}"
         if evidence.deviations:
-            expected, saw = map("; ".join, zip(*evidence.deviations, strict=True))
+            sides = zip(*evidence.deviations, strict=True)
+            expected, saw = ("; ".join(dict.fromkeys(side)) for side in sides)
             return Verdict.DEVIATES, expected, saw
         return Verdict.PASS, evidence.expected, evidence.saw
 

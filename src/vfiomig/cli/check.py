@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import logging
 import signal
 from contextlib import contextmanager
 from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation at run time
@@ -168,8 +169,22 @@ def _run(
             maker, target, dangerous=dangerous, deadline=deadline, state_limit=state_limit
         ) as suite,
         Progress(checks) as progress,
+        _unheard("vfiomig.client"),
     ):
         return suite.run(checks, progress.hear)
+
+
+@contextmanager
+def _unheard(name: str) -> Iterator[None]:
+    """Keep warnings back that come with most checks, of what the client mends: reports tell it."""
+    logger = logging.getLogger(name)
+    former = logger.level
+    if not logger.isEnabledFor(logging.INFO):  # and nobody wants to hear everything
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(former)
 
 
 def _size(text: str) -> int:
