@@ -10,6 +10,11 @@ The caller may die while its call is being served: then there is nothing to answ
 listener says ENOENT. That is no error of the one who answers; :attr:`Listener.gone` counts it,
 and the answer tells by ``False`` that whatever the call did must be undone.
 
+A signal for the caller ends a call that was not received yet, and one that was waits for its answer
+(SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV). Kernels without "seccomp: Fix a race with
+WAIT_KILLABLE_RECV if the tracer replies too fast" (Linux 6.18) drop the answer if it comes after the
+signal and before the caller has noticed either; nothing can be done about that from here.
+
 Nothing stops a receiver that waits but the end of the program and all its descendants. A poll
 before each receive would make it interruptible, at the price of one system call more for every
 call served (an eighth of its time, bench/bare_loop.py), so it is not made. To end a receiver,
