@@ -92,8 +92,8 @@ def test_everything_that_never_changes_is_asked_for_at_the_beginning(tmp_path: P
     with opening(tmp_path) as opened:
         sent = opened.sent()
         version = (
-            b'\0\0\2\0{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":16777216,'
-            b'"mig_stream":{"version":1},"migration":{"pgsize":4096},'
+            b'\0\0\2\0{"capabilities":{"mig_stream":{"version":1},"max_msg_fds":8,'
+            b'"max_data_xfer_size":16777216,"migration":{"pgsize":4096},'
             b'"pgsizes":4096,"max_dma_maps":65535}}\0'
         )
         assert sent == [

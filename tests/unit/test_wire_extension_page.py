@@ -10,8 +10,8 @@ from pathlib import Path
 
 from vfiomig.abi import vfio, vfio_user
 from vfiomig.wire import COMMANDS, replies, requests
-from vfiomig.wire.version import KEYS, MIG_STREAM
-from wire_peers import agreed, answered, asked, joined, octets
+from vfiomig.wire.version import KEYS, MIG_STREAM, answer_untrusted
+from wire_peers import ALL, agreed, answered, asked, joined, octets
 
 PAGE = (Path(__file__).parents[2] / "docs/spec/vfio-user-migration-extension.md").read_text()
 EXAMPLES = {
@@ -28,6 +28,11 @@ def test_the_page_names_the_command_and_the_key() -> None:
     (key,) = [key for key in KEYS if key.attribute == "mig_stream"]
     assert key.path == ("mig_stream", "version")
     assert json.loads(proposal) == {"capabilities": {"mig_stream": {"version": MIG_STREAM}}}
+    answer, limits = answer_untrusted(
+        memoryview(b"\0\0\2\0" + proposal.strip().encode() + b"\0"), ALL
+    )
+    assert json.loads(answer[4:-1]) == json.loads(proposal)
+    assert limits.mig_stream
 
 
 def test_the_layout_on_the_page_is_the_kernels() -> None:

@@ -54,7 +54,7 @@ def test_a_proposal_has_the_bytes_of_the_specification() -> None:
     says = Capabilities(max_msg_fds=8, migration_pgsize=4096, write_multiple=True, mig_stream=1)
     assert joined(ClientConnection(says).propose_version().buffers) == (
         octets("0100 0100 84000000 00000000 00000000  0000 0200")
-        + b'{"capabilities":{"max_msg_fds":8,"mig_stream":{"version":1},'
+        + b'{"capabilities":{"mig_stream":{"version":1},"max_msg_fds":8,'
         b'"migration":{"pgsize":4096},"write_multiple":true}}\0'
     )
 
@@ -141,9 +141,9 @@ def test_the_minor_version_is_the_lower_one(minor: int, answered_with: int) -> N
 # The room of an answer.
 
 LONG = {
+    "mig_stream": {"version": 1},
     "max_msg_fds": 16,
     "max_data_xfer_size": MIB,
-    "mig_stream": {"version": 1},
     "migration": {"pgsize": 4096},
     "write_multiple": True,
     "pgsizes": 4096,

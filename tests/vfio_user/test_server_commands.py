@@ -133,6 +133,27 @@ def test_precopy_info_is_told_with_the_extension(card: Raw) -> None:
     assert struct.unpack("<IIQQ", body) == (24, 0, 4, 0)
 
 
+@pytest.mark.parametrize(
+    ("caps", "states", "number"),
+    [
+        ("all", (), errno.EINVAL),
+        ("all", (PRE_COPY, RUNNING), errno.EINVAL),
+        ("all", (PRE_COPY, STOP_COPY), errno.EINVAL),
+        ("all", (RESUMING,), errno.EINVAL),
+        ("stop-copy", (), errno.ENOTTY),
+        ("stop-copy", (STOP_COPY,), errno.ENOTTY),
+        ("stop-copy", (RESUMING,), errno.ENOTTY),
+    ],
+)
+def test_precopy_info_is_refused_by_the_state_and_not_by_what_session_there_was(
+    caps: str, states: tuple[int, ...], number: int
+) -> None:
+    with client_of(Card(caps)) as client:
+        for state in states:
+            assert client.set_state(state) == 0
+        assert client.call(PRECOPY_INFO, struct.pack("<IIQQ", 24, 0, 0, 0)).errno == number
+
+
 def test_after_a_reset_the_session_is_over_and_the_device_runs(card: Raw) -> None:
     assert card.set_state(STOP_COPY) == 0
     assert card.good(RESET) == b""

@@ -63,11 +63,11 @@ _U64 = range(1 << 64)
 #: How deep objects and arrays may stand in each other.
 NESTING = 16
 
-#: The most important first.
+#: The most important first: what is only answered to who wants it before what has a default.
 KEYS: tuple[Key, ...] = (
+    Key("mig_stream", ("mig_stream", "version"), _U32[1:]),
     Key("max_msg_fds", ("max_msg_fds",), range(1025)),
     Key("max_data_xfer_size", ("max_data_xfer_size",), _U64[1:]),
-    Key("mig_stream", ("mig_stream", "version"), _U32[1:]),
     Key("migration_pgsize", ("migration", "pgsize"), _U64[1:]),
     Key("write_multiple", ("write_multiple",), None),
     Key("pgsizes", ("pgsizes",), _U64),

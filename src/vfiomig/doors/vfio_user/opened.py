@@ -9,6 +9,7 @@ from vfiomig.abi import vfio
 from vfiomig.core.regions import memory_size
 from vfiomig.descriptors import create_sealed_memfd
 from vfiomig.doors.vfio_user.caller import BASE, ScratchCaller
+from vfiomig.fsm import Capability, SessionKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from vfiomig.core.transfer import Migf
     from vfiomig.core.vfio_device import VfioDevice
     from vfiomig.descriptors import Fd
-    from vfiomig.fsm import SessionKind
 
 __all__ = ("Opened",)
 
@@ -76,19 +76,19 @@ class Opened:
             self.migf = caller.migf
 
     def precopy_info(self, argument: bytearray) -> None:
-        """Make VFIO_MIG_GET_PRECOPY_INFO of the session."""
+        """Make VFIO_MIG_GET_PRECOPY_INFO, which is about where the device is, of its session."""
+        if Capability.PRE_COPY not in self.served.capabilities:
+            raise OSError(errno.ENOTTY, "a device without PRE_COPY")
+        if self.migf is None or self.migf.kind is not SessionKind.SAVING:
+            raise OSError(errno.EINVAL, "the device is in no state of pre-copy")
         number, caller = vfio.VFIO_MIG_GET_PRECOPY_INFO, ScratchCaller(argument)
-        self.served.data_ioctl(self._require_session(), number, BASE, caller)
+        self.served.data_ioctl(self.migf, number, BASE, caller)
 
     def session(self, kind: SessionKind) -> Migf:
         """Return the session for a transfer: EBADF if it is one of the other direction."""
         migf = self.migf
-        if migf is None or migf.kind is not kind:
-            migf = self._require_session()
+        if migf is None:
+            raise OSError(errno.EINVAL, "no data transfer session was opened so far")
+        if migf.kind is not kind:
             raise OSError(errno.EBADF, f"the session is one of {migf.kind.name}")
         return migf
-
-    def _require_session(self) -> Migf:
-        if self.migf is None:
-            raise OSError(errno.EINVAL, "no data transfer session was opened so far")
-        return self.migf
