@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 HERE = TESTS / "seccomp"
 COMMANDED = f"{TESTS}/devices/commanded.py:Commanded"
 WHOLE = f"{TESTS}/devices/commanded.py:Whole"
-DEADLINE = 40
+DEADLINE = 100
 
 
 def compile_program(name: str, folder: Path, *options: str) -> Path:

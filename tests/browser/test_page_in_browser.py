@@ -58,7 +58,7 @@ class Browser:
             [BROWSER, *OPTIONS, profile, *how, f"file://{page}"],
             capture_output=True,
             text=True,
-            timeout=55,
+            timeout=100,
             check=True,
         )
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -258,7 +258,7 @@ def test_a_program_sees_of_the_kernel_what_it_sees_of_the_door(
         [WORK / PROGRAMS / way.program, *(name for name in whole if name not in {section, "end"})],
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=100,
         check=False,
     )
     seen = sections(done.stdout)

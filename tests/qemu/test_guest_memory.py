@@ -31,9 +31,9 @@ DEVICE = "pattern,size=64M,caps=stop-copy"
 def firmware(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("firmware")
     parts = ("gcc", "-m32", f"-DEND={END}", "-c", "-o", folder / "busy.o", HERE / "c" / "busy.S")
-    subprocess.run(parts, check=True, timeout=60)
+    subprocess.run(parts, check=True, timeout=100)
     binary = ("objcopy", "-O", "binary", "-j", ".text", folder / "busy.o", folder / "busy")
-    subprocess.run(binary, check=True, timeout=60)
+    subprocess.run(binary, check=True, timeout=100)
     return folder / "busy"
 
 
@@ -84,7 +84,7 @@ def test_a_write_is_not_lost_however_often_qemu_looks_at_the_memory(
         wait_until(lambda: counted(source) > then + 1000)
         # Now the device's state is no reason to go on any more.
         source.qmp.execute("migrate-set-parameters", avail_switchover_bandwidth=1 << 40)
-        assert wait_settled(source.qmp, timeout=60) == "completed"
-        assert wait_settled(target.qmp, timeout=60) == "completed"
+        assert wait_settled(source.qmp, timeout=100) == "completed"
+        assert wait_settled(target.qmp, timeout=100) == "completed"
         written = int(ask(target, f"xp /1wx {END - 4096:#x}").split()[-1], 16)
         assert counted(target) - written in {0, 1}  # between counting and writing

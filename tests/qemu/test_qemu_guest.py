@@ -35,7 +35,7 @@ BLOCKS = 256
 #: Of a serial stream; a guest under emulation moves some thousand bytes per second.
 LINES = 1500
 STREAM = b"".join(b"%d\n" % number for number in range(1, LINES + 1))
-PATIENCE_S = 20
+PATIENCE_S = 50
 #: Writes its number into each block, and notes a block when the disk has acknowledged it.
 WRITER = """
 i=0
@@ -178,7 +178,8 @@ def test_a_looped_port_gives_every_byte_back_through_intx(served: Served) -> Non
         "stty -F /dev/ttyS5 115200 raw -echo && head -c 4096 /dev/urandom >sent "
         f"&& exec 4<>/dev/ttyS5 && {{ timeout {PATIENCE_S} head -c 4096 <&4 >got & }} "
         f"&& timeout {PATIENCE_S} cat sent >&4; wait; grep ttyS5 /proc/interrupts; "
-        "sha256sum <sent; sha256sum <got"
+        "sha256sum <sent; sha256sum <got",
+        timeout=2 * PATIENCE_S,
     )
     line, sent, got = told.splitlines()
     count, kind = line.split()[1:3]
@@ -198,7 +199,8 @@ def test_a_stream_goes_both_ways_through_the_socket_of_a_port(served: Served) ->
             told = served.guest.check(
                 "stty -F /dev/ttyS4 115200 raw -echo crtscts && exec 4<>/dev/ttyS4 "
                 f"&& timeout {PATIENCE_S} seq 1 {LINES} >&4 "
-                f"&& timeout {PATIENCE_S} head -n {LINES} <&4"
+                f"&& timeout {PATIENCE_S} head -n {LINES} <&4",
+                timeout=2 * PATIENCE_S,
             )
         finally:
             echo.join()
@@ -267,7 +269,7 @@ def test_a_guest_that_writes_and_talks_goes_on_after_a_live_migration(
             )
             assert content.split() == noted == [str(number) for number in range(len(noted))]
             looped = f"exec 4<>/dev/ttyS5; echo on >&4; timeout {PATIENCE_S} head -n 1 <&4"
-            assert target.check(looped) == "on\n"
+            assert target.check(looped, timeout=2 * PATIENCE_S) == "on\n"
             assert target.power_off(3) == 3
 
 

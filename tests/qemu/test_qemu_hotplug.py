@@ -184,8 +184,8 @@ def test_a_device_cannot_leave_while_its_machine_does(parts: GuestParts, tmp_pat
             source.unplug(1)
         at_once: dict[str, Any] = SWITCH_AT_ONCE | {"max-bandwidth": 1 << 30}
         source.qmp.execute("migrate-set-parameters", **at_once)
-        assert wait_settled(source.qmp, timeout=10) == "completed"
-        assert wait_settled(target.qmp, timeout=10) == "completed"
+        assert wait_settled(source.qmp, timeout=60) == "completed"
+        assert wait_settled(target.qmp, timeout=60) == "completed"
         end(source, target)
     for number in (0, 1):
         assert_arrived(source, target, number)

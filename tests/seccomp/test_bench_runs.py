@@ -12,7 +12,7 @@ from bench_rows import BENCH, WITH_GUESTS, WITHOUT_GUESTS, check_measurement
 
 @pytest.mark.parametrize("name", WITHOUT_GUESTS)
 def test_a_measurement_gives_ratios_with_bars(name: str) -> None:
-    check_measurement(name, timeout=50)
+    check_measurement(name, timeout=100)
 
 
 def test_no_measurement_is_left_out() -> None:

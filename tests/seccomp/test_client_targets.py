@@ -201,7 +201,7 @@ def hand_over(target, state, *fds):
     numbers = dict(zip("dic", fds))
     command = [sys.executable, "-W", "error", "-c", CHILD, "", target.format(**numbers), state]
     sys.stdout.flush()
-    subprocess.run(command, pass_fds=fds, check=True, timeout=30)
+    subprocess.run(command, pass_fds=fds, check=True, timeout=100)
 """
 
 

@@ -30,7 +30,7 @@ COMMAND = [sys.executable, "-m", "vfiomig", "demo"]
 SIZE = 8 << 20
 BAR0 = 4096
 IDENTICAL = re.compile(rf"identical: {SIZE + BAR0} bytes, sha256 ([0-9a-f]{{64}})")
-PATIENCE = 30.0
+PATIENCE = 100.0
 
 #: By dialect and device: the arcs that docs/protocol.md has between the requests that are made.
 ARCS = {

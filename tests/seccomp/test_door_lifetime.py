@@ -211,7 +211,7 @@ def test_a_program_that_is_not_dumpable_is_named_once_and_goes_on_without_us(
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
         check=False,
     )
     assert done.returncode == 6, done.stderr

@@ -214,7 +214,7 @@ def run_command(*arguments: str, data: bytes = b"") -> subprocess.CompletedProce
         env=ENVIRONMENT,
         input=data,
         capture_output=True,
-        timeout=50,
+        timeout=100,
         check=False,
     )
 

@@ -95,7 +95,7 @@ def test_lines_for_people_say_the_same(tmp_path: Path) -> None:
     spec = f"{door_programs.__file__}:Plain"
     environment = {**ENVIRONMENT, "PYTHONPATH": f"{SOURCE}:{Path(door_programs.__file__).parent}"}
     command = [*COMMAND, "--device", spec, "--trace", str(file), "--", program]
-    subprocess.run(command, env=environment, check=True, timeout=30)
+    subprocess.run(command, env=environment, check=True, timeout=100)
     lines = [LINE.fullmatch(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert all(lines)
     seen = [

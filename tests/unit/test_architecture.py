@@ -153,7 +153,7 @@ def test_the_core_needs_no_third_party_at_run_time() -> None:
         env={"PYTHONPATH": str(PACKAGE.parent)},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -70,7 +70,7 @@ def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
         env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120", "CI": ""},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=100,
         check=False,
     )
 

@@ -49,7 +49,7 @@ def vfiomig(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
         check=False,
     )
 
@@ -61,7 +61,7 @@ def python(program: str) -> subprocess.CompletedProcess[str]:
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
         check=False,
     )
 
@@ -152,7 +152,7 @@ def test_interrupting_the_process_leaves_no_traceback(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=100)
     assert (process.returncode, errors) == (130, "")
 
 
@@ -201,7 +201,7 @@ def test_a_reader_who_goes_away_is_told_by_sigpipes_code_and_not_by_no(
             env=ENVIRONMENT,
             stdout=stdout,
             stderr=subprocess.PIPE,
-            timeout=30,
+            timeout=100,
             check=False,
         )
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
@@ -211,7 +211,7 @@ def test_a_reader_who_goes_away_is_told_by_sigpipes_code_and_not_by_no(
 def test_a_closed_stream_is_the_null_device_and_no_bug(closed: str) -> None:
     command = f"{sys.executable} -m vfiomig info model:counter {closed}"
     done = subprocess.run(
-        ["sh", "-c", command], env=ENVIRONMENT, capture_output=True, timeout=30, check=False
+        ["sh", "-c", command], env=ENVIRONMENT, capture_output=True, timeout=100, check=False
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert bool(done.stdout) == (">&- " not in f"{closed} ".replace("2>&-", ""))

@@ -243,7 +243,7 @@ def test_what_was_found_before_a_signal_ended_the_run_is_printed_and_written(
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(number)
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + number
     assert errors == ""
     assert len(ET.parse(junit).getroot()[0]) == 72
@@ -264,7 +264,7 @@ def test_a_terminal_sees_how_far_it_is() -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "TERM": "xterm"},
         stdout=subprocess.PIPE,
         stderr=other,
-        timeout=50,
+        timeout=100,
         check=True,
     )
     os.close(other)

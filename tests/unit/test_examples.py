@@ -42,7 +42,7 @@ def test_an_example_runs_as_a_program(program: Path, output: str) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=100,
         check=False,
     )
     assert (done.stdout, done.stderr, done.returncode) == (output, "", 0)

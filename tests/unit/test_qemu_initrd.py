@@ -147,4 +147,4 @@ def test_without_modules_there_is_nothing_to_load(tmp_path: Path) -> None:
 
 def test_the_guests_first_process_is_a_script_that_parses() -> None:
     script = Path(__file__).parents[2] / "src/vfiomig/qemu/guest-init.sh"
-    subprocess.run(["sh", "-n", script], check=True, timeout=20)
+    subprocess.run(["sh", "-n", script], check=True, timeout=100)

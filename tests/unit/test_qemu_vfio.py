@@ -48,7 +48,7 @@ def test_a_python_that_looks_into_no_folder_of_its_own_starts_one_like_it() -> N
             [sys.executable, *options, "-c", program],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=100,
             check=True,
         )
         assert done.stdout.strip() == first

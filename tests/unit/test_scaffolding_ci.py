@@ -62,7 +62,7 @@ class Machine:
             | environment,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=100,
             check=False,
         )
 

@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Run:
             env={"PATH": os.environ["PATH"]} | environment,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=100,
             check=False,
         )
         return done.stdout + done.stderr

@@ -53,7 +53,7 @@ class Checkout:
             env={"PATH": os.environ["PATH"], "PYTHON": sys.executable} | environment,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=100,
             check=False,
         )
 
@@ -93,7 +93,7 @@ def test_the_command_starts_from_anywhere_and_through_a_symbolic_link(
     (tmp_path / "vfiomig.py").write_text("raise SystemExit(77)")
     link = tmp_path / "link"
     link.symlink_to(checkout.folder / ".venv/bin/vfiomig")
-    done = subprocess.run([link], cwd=tmp_path, capture_output=True, timeout=20, check=False)
+    done = subprocess.run([link], cwd=tmp_path, capture_output=True, timeout=100, check=False)
     assert done.returncode == 2
     assert b"vfiomig[cli]" in done.stderr
 
@@ -102,7 +102,7 @@ def test_a_checkout_can_be_moved(checkout: Checkout) -> None:
     elsewhere = checkout.folder.rename(checkout.folder.with_name("moved here"))
     try:
         command = [elsewhere / ".venv/bin/vfiomig"]
-        done = subprocess.run(command, capture_output=True, timeout=20, check=False)
+        done = subprocess.run(command, capture_output=True, timeout=100, check=False)
     finally:
         elsewhere.rename(checkout.folder)
     assert b"vfiomig[cli]" in done.stderr

@@ -18,7 +18,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr
     (built,) = folder.glob("*.whl")
@@ -55,7 +55,7 @@ def test_the_core_runs_from_the_wheel_on_a_bare_python(wheel: Path, tmp_path: Pa
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=100,
         check=True,
     )
     assert done.stdout.splitlines() == ["{", "[]"]
@@ -69,7 +69,7 @@ def test_without_its_extra_the_command_line_asks_for_it(wheel: Path, tmp_path: P
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=100,
         check=False,
     )
     assert done.returncode == 2
@@ -123,7 +123,7 @@ def test_a_project_of_its_own_checks_its_device_with_the_wheel(wheel: Path, tmp_
         env=os.environ | {"PYTHONPATH": str(site), "CI": "", "COLUMNS": "120"},
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=100,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

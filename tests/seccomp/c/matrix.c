@@ -99,7 +99,7 @@ int main(int argc, char **argv)
 	};
 	int dev;
 
-	alarm(50);
+	alarm(100);
 	is_v6 = !strcmp(argv[1], "v6");
 	dev = open_bound(0);
 	for (int at = 2; at < argc; at++)
