@@ -88,21 +88,13 @@ class Card(Device):
 
 
 class Stuck(Card):
-    """The second half of its state comes when BAR1 is written to.
-
-    A read of BAR1 tells whether that is waited for.
-    """
+    """The second half of its state comes when BAR1 is written to."""
 
     bar1 = Region(size=16)
 
     def __init__(self) -> None:
         super().__init__(caps="stop-copy")
-        self._waits = False
         self._go_on = threading.Event()
-
-    @bar1.reader
-    def read_bar1(self, offset: int, length: int) -> bytes:
-        return bytes([self._waits]) * length
 
     @bar1.writer
     def write_bar1(self, offset: int, data: bytes) -> None:
@@ -110,7 +102,6 @@ class Stuck(Card):
 
     def save(self) -> Iterator[bytes]:
         yield MAGIC
-        self._waits = True
         self._go_on.wait(20)
         yield END
 
