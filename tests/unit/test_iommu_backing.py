@@ -16,8 +16,8 @@ import pytest
 
 from in_process import PAGE
 from vfiomig.descriptors import Fd, create_sealed_memfd
-from vfiomig.errors import DeviceError
-from vfiomig.iommu import Backings, DmaPort, IoSpace, Mapping, Place
+from vfiomig.errors import DeviceError, RequestError
+from vfiomig.iommu import Backings, DmaPort, IoSpace, Mapping, Place, backing
 from vfiomig.iommu.backing import (
     FileMemory,
     ShrinkingFileMemory,
@@ -130,6 +130,21 @@ def test_a_file_that_can_shrink_is_reached_by_calls_that_fail_instead(memfd: Fd)
         assert os.pread(memfd.fileno(), 2, PAGE - 2) == b"ab"
         assert memory.read_into(place.address + PAGE - 2, memoryview(bytearray(4))) == 2
         assert memory.read_into(place.address + PAGE, memoryview(bytearray(4))) == 0
+
+
+def test_a_file_that_shrinks_while_it_is_mapped_is_einval(
+    memfd: Fd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = backing._access
+
+    def shrinking(fd: int) -> int:
+        os.truncate(memfd.fileno(), 0)
+        return access(fd)
+
+    monkeypatch.setattr(backing, "_access", shrinking)
+    with pytest.raises(RequestError) as refused:
+        Backings().of_file(memfd, 0, PAGE, writable=True)
+    assert refused.value.errno == errno.EINVAL
 
 
 @pytest.mark.parametrize(("writable", "access"), [(False, os.O_RDONLY), (True, os.O_RDWR)])

@@ -154,7 +154,7 @@ class Backings:
         with self._lock:
             if segment is not None:
                 offset = segment.offset + address - segment.low
-                with suppress(OSError, ValueError):  # what cannot be mapped is reached otherwise
+                with suppress(OSError):  # what cannot be mapped is reached otherwise
                     paths = _paths(thread, segment)
                     return self._map_locked(paths, segment[4:6], offset, length, writable=writable)
             return Place(self._program_locked(process, thread, address), address)
@@ -320,16 +320,23 @@ def _map(fd: int, start: int, length: int) -> MappedFile:
     both = mmap.PROT_READ | mmap.PROT_WRITE
     writable = _access(fd) == os.O_RDWR
     try:
-        content = mmap.mmap(fd, length, prot=both if writable else mmap.PROT_READ, offset=start)
+        content = _map_as(both if writable else mmap.PROT_READ, fd, start, length)
     except PermissionError:  # sealed against writing
         writable = False
-        content = mmap.mmap(fd, length, prot=mmap.PROT_READ, offset=start)
+        content = _map_as(mmap.PROT_READ, fd, start, length)
     if _seals(fd) & fcntl.F_SEAL_SHRINK and os.fstatvfs(fd).f_bsize == PAGE:
         return FileMemory(content, start, writable=writable)
     if not writable:
         content.close()
         raise RequestError(errno.EPERM, "a file that can shrink is used only if it can be written")
     return ShrinkingFileMemory(content, start)
+
+
+def _map_as(protection: int, fd: int, start: int, length: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(fd, length, prot=protection, offset=start)
+    except ValueError:  # Python finds that it has shrunk meanwhile
+        raise RequestError(errno.EINVAL, "the file ends before") from None
 
 
 def _access(fd: int) -> int:
