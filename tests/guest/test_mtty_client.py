@@ -20,6 +20,8 @@ from client_suite import no_free_descriptor, raises, state_of
 from kernel_guest import CHECK, PAIR, SINGLE
 from vfiomig import Capability, DeviceClient, SessionError, SetStateError, State
 from vfiomig.abi import vfio
+from vfiomig.checks import Suite, Verdict, find
+from vfiomig.client import target_maker
 from vfiomig.client.recovery import Outcome, recover
 from vfiomig.errors import TargetError
 from vmtest.inside import WORK
@@ -256,6 +258,13 @@ def test_unknown_features_and_operations_are_refused(dev: DeviceClient) -> None:
     known = {index for index in range(16) if dev.has_feature(index)}
     assert known == {1, 2, 6, 7, 8, 9}
     assert not dev.has_feature(vfio.VFIO_DEVICE_FEATURE_MIGRATION, vfio.VFIO_DEVICE_FEATURE_SET)
+
+
+def test_a_write_from_no_memory_is_tried_with_no_more_than_a_short_state() -> None:
+    """The driver looks at the length first: of one port's 60 bytes, 64 are ENOMEM, not EFAULT."""
+    with Suite(target_maker(SINGLE)) as suite:
+        result = suite.run_check(find("resuming.a-write-from-no-memory-gives-nothing"))
+    assert result.verdict is Verdict.PASS, result.saw
 
 
 @pytest.mark.timeout(240)
