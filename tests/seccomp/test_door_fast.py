@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from door_programs import Plain, build, serve
+from door_programs import BASIC, Plain, build, serve
+from vfiomig import Capability
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from vfiomig.device import Buffer
 
 
 def test_data_fds_have_high_numbers_and_never_one_in_use(tmp_path: Path) -> None:
@@ -110,6 +114,39 @@ def test_a_dup_at_a_low_number_is_not_seen(tmp_path: Path) -> None:
         """,
     )
     assert serve([Plain()], [program], filter_name="fast") == 0
+
+
+class Pausing(Plain):
+    """Has something to say early, then nothing for now."""
+
+    capabilities = BASIC | Capability.PRE_COPY
+
+    def precopy(self) -> Iterator[Buffer]:
+        yield bytes(10)
+
+
+def test_whoever_reads_a_copy_that_is_not_seen_takes_nothing_from_the_session(
+    tmp_path: Path,
+) -> None:
+    """Also where it is no longer readable just then."""
+    program = build(
+        tmp_path,
+        r"""
+        int main(void)
+        {
+            unsigned char bytes[10];
+            int device = use_device(0), fd = data_fd(device, PRE_COPY), low = dup(fd);
+            IS(read(low, bytes, 10), 1);  /* the byte that stands for "readable" */
+            IS(read(fd, bytes, 10), 10);
+            FAILS(read(fd, bytes, 10), ENOMSG);
+            IS(set_state(device, STOP_COPY, 0), 0);
+            IS(read(fd, bytes, 10), 10);
+            IS(bytes[9], 9);
+            return 0;
+        }
+        """,
+    )
+    assert serve([Pausing()], [program], filter_name="fast") == 0
 
 
 def test_regions_and_positions_work_by_their_offset(tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ def test_every_way_to_look(tmp_path: Path) -> None:
             CHECK(!syscall(SYS_fstat, fd, &other) && !memcmp(&about, &other, sizeof about));
             CHECK(!syscall(SYS_newfstatat, fd, "", &other, AT_EMPTY_PATH));
             CHECK(!memcmp(&about, &other, sizeof about));
+            FAILS(syscall(SYS_newfstatat, fd, "", &other, 0), ENOENT);
+            FAILS(syscall(SYS_newfstatat, fd, "none", &other, AT_EMPTY_PATH), ENOTDIR);
             struct statx wide;
             memset(&wide, 0xEE, sizeof wide);
             CHECK(!statx(AT_FDCWD, path, 0, STATX_BASIC_STATS, &wide));
@@ -154,6 +156,7 @@ def test_every_way_to_look(tmp_path: Path) -> None:
             CHECK(!stat(folder, &about) && S_ISDIR(about.st_mode));
             int listing = open(folder, O_RDONLY | O_DIRECTORY);
             CHECK(!syscall(SYS_fstat, listing, &other) && !memcmp(&about, &other, sizeof about));
+            FAILS(syscall(SYS_newfstatat, listing, "none", &other, AT_EMPTY_PATH), ENOENT);
             CHECK(!fstatat(listing, "vfio2", &other, 0));
             device(&other, 2);
             CHECK(!stat("/dev/vfio", &other) && S_ISDIR(other.st_mode));

@@ -17,6 +17,7 @@ from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.descriptors import Fd
 from vfiomig.doors.syscall import run
 from vfiomig.doors.syscall.closing import Closing
+from vfiomig.doors.syscall.door import Door
 from vfiomig.doors.syscall.held import interruption
 from vfiomig.doors.syscall.notify import ERESTARTSYS
 from vfiomig.doors.syscall.opened import DeviceOpen, IommufdOpen, Table, link_of
@@ -282,6 +283,52 @@ def test_one_thread_receives_and_slow_calls_are_out_of_its_way() -> None:
     assert len({thread for _, thread in answered}) == 3
     assert calls.most == 1
     assert receivers.failure is None
+
+
+def test_where_no_thread_can_be_had_calls_wait_for_a_slow_one_and_are_answered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls, go_on = Calls(), threading.Event()
+    answered: list[object] = []
+
+    def answer(call: Notification, turn: Turn) -> None:
+        if cast("Any", call) == "slow":
+            turn.pass_on()
+            go_on.wait(10)
+        answered.append(call)
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    receivers = Receivers(cast("Listener", calls), answer)
+    receivers.receive_elsewhere()
+    wait_until(lambda: calls.receiving)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        calls.put("slow")
+        calls.put("quick")
+        wait_until(lambda: "can't start new thread" in caplog.text)
+        go_on.set()
+        wait_until(lambda: len(answered) == 2)
+    calls.put(None)
+    assert receivers.finish(time.monotonic() + 10)
+    assert receivers.failure is None
+
+
+def test_a_close_is_carried_out_even_where_no_thread_can_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Door([VfioDevice(Device())]) as door:
+        door.open_device(0, os.O_RDWR).close()
+        door._notice_closes()
+        assert door.closing.waiting
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            door._close_elsewhere()
+        assert not door.closing
 
 
 def test_idle_threads_are_used_again() -> None:

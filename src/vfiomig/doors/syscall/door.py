@@ -421,9 +421,16 @@ class Door:
                 os.eventfd_read(self._wake.fileno())
             self._notice_closes()
             if self.closing.waiting:
-                # Elsewhere: a device that is slow to close must not keep signals waiting.
-                threading.Thread(target=self.closing.finish, args=(None,), daemon=True).start()
+                self._close_elsewhere()
             for opened in self.table.all():
                 if isinstance(opened, DataOpen) and opened.pipe and opened.pipe.abandoned():
                     self._forget(opened)
             self._held.look()
+
+    def _close_elsewhere(self) -> None:
+        """Carry closes out where a slow one keeps no signals waiting, if there can be a thread."""
+        closer = threading.Thread(target=self.closing.finish, args=(None,), daemon=True)
+        try:
+            closer.start()
+        except RuntimeError:
+            self.closing.finish(None)

@@ -115,17 +115,17 @@ class PathCalls:
             except MemoryRefused as problem:
                 self._door.say_once(str(problem))
                 return CARRY_ON
-            if named is None:
-                if directory is None or not _names_descriptor(call):
-                    return CARRY_ON
+            if named:
+                path = self._resolve(call, directory, named)
+            elif named is not None and directory is not None and _names_descriptor(call):
                 path = self._path_of(call.tid, call.args[directory])
             else:
-                path = self._resolve(call, directory, named)
-            if path is None:
+                path = None
+            if named is None or path is None:
                 return CARRY_ON
             if turn.line is not None:
                 turn.line.about_path(path)
-            self._check(path, named or "", follow=not _looks_at_link(call))
+            self._check(path, named, follow=not _looks_at_link(call))
             self._door.settle(turn, self._tree.device(path))
             return action(call, turn, path)
 
@@ -337,5 +337,6 @@ def _looks_at_link(call: Notification) -> bool:
 
 
 def _names_descriptor(call: Notification) -> bool:
+    """Whether no path at all means the descriptor beside it."""
     flags = {X86_64["newfstatat"]: 3, X86_64["statx"]: 2}.get(call.nr)
     return flags is not None and bool(call.args[flags] & AT_EMPTY_PATH)

@@ -126,7 +126,7 @@ def _make_node(path: Path) -> None:
 
 
 def read_path(memory: ProcessMemory, address: int) -> str | None:
-    """Read a path if it could lead to us; ``None`` for others, and for bad pointers.
+    """Read a path if it could lead to us, or is empty; ``None`` for others, and for bad pointers.
 
     The kernel looks at what is not ours itself, and knows best how to fail.
     """
@@ -137,7 +137,7 @@ def read_path(memory: ProcessMemory, address: int) -> str | None:
     if b"\0" not in data and len(data) == FIRST_LOOK:
         data += _read_up_to(memory, address + FIRST_LOOK, PATH_MAX - FIRST_LOOK)
     text, end, _ = data.partition(b"\0")
-    if end and any(word in text for word in WORDS):
+    if end and (not text or any(word in text for word in WORDS)):
         return os.fsdecode(text)
     return None
 

@@ -13,7 +13,8 @@ resuming              the pipe is empty                   OUT
 resuming, over        our end is shut                     OUT and ERR
 ====================  ==================================  ===========================
 
-The byte is never read by the program: the door answers its reads itself. With our end shut nobody
+The door answers the program's reads itself; only one that does not stop here, through a copy that
+the fast filter does not know or in a process without a filter, can take the byte away. With our end shut nobody
 tells us of the program's close, so a pipe whose session is over carries a mark (opened.py).
 """
 
@@ -100,5 +101,8 @@ class DataPipe:
             with contextlib.suppress(BrokenPipeError):  # the program's copies are gone
                 os.write(self._own_end.fileno(), b"\0")
         else:
-            with reopen(self._own_end, os.O_RDONLY | os.O_NONBLOCK) as taker:
+            with (
+                reopen(self._own_end, os.O_RDONLY | os.O_NONBLOCK) as taker,
+                contextlib.suppress(BlockingIOError),  # a read that nobody stopped has taken it
+            ):
                 os.read(taker.fileno(), 1)

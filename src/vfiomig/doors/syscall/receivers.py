@@ -90,8 +90,7 @@ class Receivers:
             if self._watched is turn:
                 self._watched = None
             if not turn.passed_on:
-                turn.passed_on = True
-                self._receive_elsewhere_locked()
+                self._pass_on_locked(turn)
 
     def watch(self, turn: Turn) -> None:
         """Pass the role of ``turn`` on if it is still at its call in a while."""
@@ -102,6 +101,14 @@ class Receivers:
                 self._watcher.start()
             self._roused.set()
 
+    def _pass_on_locked(self, turn: Turn) -> None:
+        try:
+            self._receive_elsewhere_locked()
+        except RuntimeError as problem:
+            log.warning("the program's calls wait for a slow one: %s", problem)
+        else:
+            turn.passed_on = True
+
     def _receive_elsewhere_locked(self) -> None:
         if self._idle:
             self._idle -= 1
@@ -109,8 +116,8 @@ class Receivers:
             return
         # Daemons: one that is stuck in a device's hook must not hold up the exit.
         thread = threading.Thread(target=self._run, name="vfiomig-door", daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
 
     def _look(self) -> None:
         seen: Turn | None = None
@@ -135,8 +142,7 @@ class Receivers:
         with self._lock:
             if self._watched is turn:  # else its call has ended meanwhile
                 self._watched = None
-                turn.passed_on = True
-                self._receive_elsewhere_locked()
+                self._pass_on_locked(turn)
 
     def finish(self, deadline: float) -> bool:
         """Wait until ``deadline`` (monotonic) for the calls under way; ``False``: some still are.
