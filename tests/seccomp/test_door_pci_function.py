@@ -525,3 +525,36 @@ def test_an_access_that_takes_long_does_not_hold_up_other_calls(tmp_path: Path) 
     }
     """
     assert run(tmp_path, body, Waiting(), "exact") == 0
+
+
+def test_a_thread_gives_its_own_eventfds_also_when_the_first_one_has_ended(tmp_path: Path) -> None:
+    body = r"""
+    static int device;
+    static pthread_t first;
+    static void *go_on(void *nothing)
+    {
+        pthread_join(first, 0);
+        while (!access("/proc/self/fd/0", F_OK))  /* its table is gone when it has ended */
+            sched_yield();
+        int msi = event();
+        IS(set_irqs(device, EVENTFD | TRIGGER, MSI, 0, 1, &msi), 0);
+        command(device, 1, 0);
+        IS(signals(msi, 5000), 1);
+        CHECK(!unshare(CLONE_FILES));
+        int own = event();  /* a number that the others use otherwise, or not at all */
+        IS(set_irqs(device, EVENTFD | TRIGGER, MSI, 0, 1, &own), 0);
+        command(device, 1, 0);
+        IS(signals(own, 5000), 1);
+        IS(signals(msi, 0), 0);
+        exit(7);
+    }
+    int main(void)
+    {
+        pthread_t thread;
+        device = use_device(0);
+        first = pthread_self();
+        CHECK(!pthread_create(&thread, 0, go_on, 0));
+        pthread_exit(0);
+    }
+    """
+    assert run(tmp_path, body, Interrupter(), "exact") == 7

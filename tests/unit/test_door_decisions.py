@@ -7,6 +7,7 @@ import os
 import resource
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -16,6 +17,7 @@ from vfiomig import Device, Region
 from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.descriptors import Fd
 from vfiomig.doors.syscall import run
+from vfiomig.doors.syscall.caller import _open_thread
 from vfiomig.doors.syscall.closing import Closing
 from vfiomig.doors.syscall.door import Door
 from vfiomig.doors.syscall.held import interruption
@@ -228,6 +230,26 @@ def test_closes_are_carried_out_once_and_before_whoever_asks() -> None:
         thread.join(10)
     assert released(slow) == 1
     assert not closing
+
+
+def test_where_a_thread_cannot_be_opened_its_process_stands_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Linux before 6.9."""
+    opened: list[int] = []
+    real = os.pidfd_open
+
+    def pidfd_open(pid: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EINVAL, "unknown flag")
+        opened.append(pid)
+        return real(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
+    with ThreadPoolExecutor() as other:
+        tid = other.submit(threading.get_native_id).result()
+        _open_thread(tid).close()
+    assert opened == [os.getpid()] != [tid]
 
 
 class Calls:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
+
 from vfiomig.models.virtio_worker import Worker
 
 DEADLINE = 10.0
@@ -40,6 +42,32 @@ def test_what_is_left_is_done_by_the_thread() -> None:
     assert finished.wait(DEADLINE)
     worker.stop()
     assert "w" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_it_stops_and_starts_again_after_no_thread_could_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    finished = threading.Event()
+
+    def work(may_wait: bool) -> bool:
+        if may_wait:
+            finished.set()
+        return not may_wait
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    worker = Worker("w", work)
+    worker.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            worker.kick()
+    worker.stop()
+    worker.start()
+    worker.kick()
+    assert finished.wait(DEADLINE)
+    worker.stop()
 
 
 def test_a_kick_never_waits_and_is_not_lost() -> None:

@@ -61,6 +61,17 @@ def test_a_program_that_is_no_qemu_is_refused_with_its_words(tmp_path: Path) -> 
         version_of(tmp_path / "absent")
 
 
+def test_a_program_that_says_nothing_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = tmp_path / "q"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr("vfiomig.qemu.installed._ANSWER_S", 0.1)
+    with pytest.raises(PrerequisiteError, match=r"says nothing of its version for 0\.1 s"):
+        version_of(silent)
+
+
 class Choice:
     """A QEMU on the PATH beside one in the cache."""
 

@@ -72,8 +72,9 @@ class Worker:
             if not self.running:
                 return
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread.start()
+                self._thread = thread
             self._wakeups.put(True)
 
     def _run(self) -> None:

@@ -40,6 +40,7 @@ __all__ = (
 )
 
 PROGRAM: Final = "qemu-system-x86_64"
+_ANSWER_S: Final = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +133,12 @@ def version_of(qemu: Path) -> tuple[int, int]:
     """
     try:
         done = subprocess.run(
-            [qemu, "-version"], capture_output=True, text=True, timeout=60, check=False
+            [qemu, "-version"], capture_output=True, text=True, timeout=_ANSWER_S, check=False
         )
     except OSError as error:
         raise PrerequisiteError(f"{qemu} cannot be started: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise PrerequisiteError(f"{qemu} says nothing of its version for {_ANSWER_S} s") from None
     found = re.search(r"^QEMU emulator version (\d+)\.(\d+)", done.stdout)
     if found is None:
         said = (done.stdout + done.stderr).strip()

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ("SyscallCaller",)
 
+#: include/uapi/linux/pidfd.h
+PIDFD_THREAD = os.O_EXCL
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -90,12 +93,22 @@ class SyscallCaller:
         return EventFd(self._share(number), owner=process_of(self._call.tid))
 
     def _share(self, number: int) -> int:
-        with Fd(os.pidfd_open(process_of(self._call.tid))) as process:
+        with _open_thread(self._call.tid) as thread:
             call = X86_64["pidfd_getfd"]
-            copy = _libc.syscall(call, process.fileno(), ctypes.c_int(number), 0)
+            copy = _libc.syscall(call, thread.fileno(), ctypes.c_int(number), 0)
             if copy < 0:
                 raise OSError(ctypes.get_errno(), f"descriptor {number} cannot be shared")
         return int(copy)
+
+
+def _open_thread(tid: int) -> Fd:
+    """Open a thread, whose table may be its own, or its process where no thread can be opened."""
+    try:
+        return Fd(os.pidfd_open(tid, PIDFD_THREAD))
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:
+            raise
+    return Fd(os.pidfd_open(process_of(tid)))  # before Linux 6.9
 
 
 def _table_is_full(tid: int) -> bool:
