@@ -25,6 +25,7 @@ from vfiomig.abi.ioctls import Dialect
 from vfiomig.checks import Report, Suite, Verdict, choose, find
 from vfiomig.client import device_maker
 from vfiomig.core.migration import Migration, Outcome
+from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.fsm import path
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from mutants.bench import Call, SetState
     from vfiomig.abi.uapi import UapiStruct
+    from vfiomig.iommu import DirtyLog
 
 Habit: TypeAlias = Callable[[Bench], None]
 
@@ -121,6 +123,18 @@ def stops_at_a_refusal(bench: Bench) -> None:
 
     bench.set_state(set_state)
     bench.patch(Migration, "reset", reset)
+
+
+def logs_whole_words_of_a_bitmap(bench: Bench) -> None:
+    """pds: a range whose bitmap is not made of whole words is EINVAL (LOG-11)."""
+    original = VfioDevice.start_dirty_log
+
+    def start_dirty_log(mine: VfioDevice, log: DirtyLog) -> None:
+        if any((high - low) % (64 * 4096) for low, high in log.ranges):
+            raise OSError(errno.EINVAL, "no whole words")
+        original(mine, log)
+
+    bench.patch(VfioDevice, "start_dirty_log", start_dirty_log)
 
 
 def loses_the_session_at_a_refusal(bench: Bench) -> None:
@@ -224,7 +238,12 @@ DRIVERS = {
     "pds": Driver(
         "stop-copy+p2p",
         (0x1DD8, 0x1003),
-        (takes_everything, answers_eio_in_error, of("leaving_stop_copy_stops_the_log")),
+        (
+            takes_everything,
+            answers_eio_in_error,
+            logs_whole_words_of_a_bitmap,
+            of("leaving_stop_copy_stops_the_log"),
+        ),
         ("states.error-to-stop", "dma.states-do-not-matter-to-the-log"),
     ),
     "xe": Driver(
