@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from c_style_server import CStyleServer, Options
 from devices.drilled import LEVERS, Drilled
 from vfiomig import State
 from vfiomig.checks import Result
@@ -54,20 +56,15 @@ def test_a_target_is_checked_like_a_device() -> None:
     assert report.summary[Verdict.PASS] == 3
 
 
+PYTEST = (sys.executable, "-m", "pytest", "-p", "vfiomig_pytest", "-p", "no:cacheprovider")
+ENVIRONMENT = {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120", "CI": ""}
+
+
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "vfiomig_pytest",
-            "-p",
-            "no:cacheprovider",
-            *arguments,
-        ],
+        [*PYTEST, *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120", "CI": ""},
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=100,
@@ -106,6 +103,25 @@ def test_a_target_that_is_not_there_fails_every_check_with_the_reason(tmp_path: 
     done = run_pytest(tmp_path, "--vfiomig-target", target, "--vfiomig-only", "size")
     assert done.returncode == 1
     assert done.stdout.count("there is no such socket") >= 4
+
+
+def test_after_ctrl_c_the_device_runs(tmp_path: Path) -> None:
+    """Its server keeps the state that a client leaves it in."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupt(server: CStyleServer, _: int) -> None:
+        if State.STOP_COPY in server.transitions and started:
+            started.pop().send_signal(signal.SIGINT)
+
+    options = Options(before=interrupt)
+    target = f"vfio-user:{tmp_path / 'c.sock'}"
+    with CStyleServer(tmp_path / "c.sock", b"state", options) as server:
+        command = [*PYTEST, f"--vfiomig-target={target}", "--vfiomig-only=states"]
+        with subprocess.Popen(command, cwd=tmp_path, env=os.environ | ENVIRONMENT) as process:
+            started.append(process)
+            assert process.wait(60) == pytest.ExitCode.INTERRUPTED
+        assert not started
+        assert server.migration == State.RUNNING
 
 
 @pytest.mark.parametrize(

@@ -155,10 +155,10 @@ class Suite:
             left = checks[len(results) :]
             results += [Result(check, Verdict.NOT_RUN, "", "", INTERRUPTED) for check in left]
         with suppress(KeyboardInterrupt):  # once more: it is let go of as it is
-            self._leave_running()
+            self.leave_running()
         return Report(self.name, self.facts, results, self.lost, self.interrupted)
 
-    def _leave_running(self) -> None:
+    def leave_running(self) -> None:
         """Leave the device in RUNNING, or say that it is not."""
         self._open_if_closed()
         if self.lost:

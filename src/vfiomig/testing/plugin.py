@@ -68,6 +68,7 @@ class Checks:
 
     def pytest_sessionfinish(self) -> None:
         if self._suite is not None:
+            self._suite.leave_running()  # which an interrupted check did not
             self._suite.close()
             self._suite = None
 
