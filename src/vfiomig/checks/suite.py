@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import logging
 import resource
+import threading
 import time
 from collections import Counter
 from contextlib import suppress
@@ -32,7 +33,7 @@ from vfiomig.checks.evidence import END_IN_TIME, Broken, Gone, Inapplicable, Stu
 from vfiomig.checks.stream import STATE_LIMIT
 from vfiomig.checks.subject import Subject
 from vfiomig.checks.target import Hung, Target, in_time
-from vfiomig.errors import RequestError, TargetError
+from vfiomig.errors import RequestError, SpecError, TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -106,8 +107,11 @@ class Suite:
         """``maker`` opens the device anew each time; ``target`` is what reports call it.
 
         Raises:
+            SpecError: ``deadline`` is no time in which anything can be done.
             TargetError: it cannot be opened, or does not tell what it is.
         """
+        if not 0 < deadline < threading.TIMEOUT_MAX:
+            raise SpecError(f"a deadline of {deadline:g} s: give seconds, more than 0")
         self.dangerous = dangerous
         self._levers = levers
         self._deadline = deadline
