@@ -55,10 +55,13 @@ def test_an_event_is_one_or_a_guest_error(lines: list[bytes]) -> None:
     qmp, there = said(lines)
     with closing(qmp), there, suppress(GuestError):
         data = qmp.wait_event("STOP", lambda data: "id" in data)
-        assert data in [json.loads(line)["data"] for line in lines]
+        # What lies behind it may be anything.
+        assert any(json.loads(line).get("data") == data for line in lines)
 
 
-@pytest.mark.parametrize("line", [b"[" * 100_000, b"\xff\xfe", b"", b"1", b'{"a":'])
+@pytest.mark.parametrize(
+    "line", [b"[" * 100_000, b"\xff\xfe", b"", b"1", b'{"a":', b'{"event": {}}']
+)
 def test_what_is_no_message_is_told_as_it_is(line: bytes) -> None:
     qmp, there = said([line])
     with closing(qmp), there, pytest.raises(GuestError, match="this is no QEMU monitor") as caught:

@@ -168,6 +168,20 @@ def test_a_driver_cannot_set_needs_reset(driver: Driver) -> None:
     assert driver.status == ACKNOWLEDGE
 
 
+def test_a_reset_that_a_driver_need_not_wait_for_does_not_come_later(
+    bench: Bench, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The status that it waits for is there at the beginning, and so it goes on."""
+    worker = bench.device._worker
+    with monkeypatch.context() as busy:
+        for name in ("kick", "wake"):
+            busy.setattr(worker, name, lambda: None)
+        driver.start()
+    worker.kick()
+    driver.write(0, b"x" * 512)
+    assert driver.read(0, 512) == b"x" * 512
+
+
 def test_nothing_is_taken_before_driver_ok(driver: Driver) -> None:
     driver.reset()
     driver.negotiate()

@@ -10,6 +10,8 @@ are never cleared, and the device is not ``live`` before DRIVER_OK follows FEATU
 
 A write of 0 to the status asks for a reset. That is carried out by whoever does the device's work
 (``reset``), between two requests; until then the old status is read, and the driver waits for 0.
+Where the status is 0 already the driver waits for nothing: no request can be under way then, and
+the reset is carried out at once, or it would undo what the driver sets up meanwhile.
 See "Common configuration structure layout" in the VIRTIO specification, version 1.2.
 """
 
@@ -89,13 +91,16 @@ class CommonConfiguration:
     def reset(self) -> None:
         """Return to a device that no driver has touched."""
         with self._lock:
-            self.features = 0
-            self.status = 0
-            self.reset_wanted = False
-            self.config_vector = NO_VECTOR
-            self._device_select = self._driver_select = self._queue_select = 0
-            for queue in self.queues:
-                queue.reset()
+            self._reset_locked()
+
+    def _reset_locked(self) -> None:
+        self.features = 0
+        self.status = 0
+        self.reset_wanted = False
+        self.config_vector = NO_VECTOR
+        self._device_select = self._driver_select = self._queue_select = 0
+        for queue in self.queues:
+            queue.reset()
 
     @property
     def live(self) -> bool:
@@ -179,7 +184,10 @@ class CommonConfiguration:
 
     def _set_status(self, value: int) -> None:
         if not value:
-            self.reset_wanted = True
+            if self.status:
+                self.reset_wanted = True
+            else:
+                self._reset_locked()
             return
         value = (value & DRIVERS_BITS) | self.status
         if value & ~self.status & FEATURES_OK:

@@ -147,7 +147,11 @@ class Qmp:
             message = json.loads(line)
         except (ValueError, RecursionError):
             raise _no_monitor(line) from None
-        if not isinstance(message, dict) or not isinstance(message.get("data", {}), dict):
+        if not isinstance(message, dict):
+            raise _no_monitor(line)
+        if not (
+            isinstance(message.get("event", ""), str) and isinstance(message.get("data", {}), dict)
+        ):
             raise _no_monitor(line)
         return message
 
