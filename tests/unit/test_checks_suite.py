@@ -267,6 +267,8 @@ def test_what_crashes_one_driver_is_dangerous_there_and_where_the_driver_is_unkn
         assert threatened == {who: who == driver for who in (MTTY, VIRTIO, MLX5)}
         assert danger.threatens(facts(DEBIAN_13, None))
         assert not danger.threatens(facts((), None))
+    other_of_the_vendor = VIRTIO[0], 0x10F0
+    assert not STALE_WRITE.threatens(facts(DEBIAN_13, other_of_the_vendor))
 
 
 @pytest.mark.parametrize("dangerous", [False, True])

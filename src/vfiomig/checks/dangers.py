@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ("BLOCKED_PAIR", "CLOSE_IN_RESUMING", "DANGERS", "STALE_WRITE", "Danger")
 
 MTTY: Final = (0x4348, 0x3253)
-VIRTIO_VENDOR: Final = 0x1AF4
+#: Vendor, and the device numbers that virtio has of those that are its vendor's.
+VIRTIO: Final = (0x1AF4, range(0x1000, 0x1080))
 #: The release that lets go of the blocked pairs, by series.
 FIXED: Final[dict[tuple[int, ...], tuple[int, ...]]] = {(6, 12): (6, 12, 117)}
 #: Every series from here on does.
@@ -47,6 +48,10 @@ def _loops_in_blocked_pairs(facts: Facts) -> bool:
     return release[:2] not in FIXED or release < FIXED[release[:2]]
 
 
+def _is_virtio(vendor: int, device: int) -> bool:
+    return vendor == VIRTIO[0] and device in VIRTIO[1]
+
+
 BLOCKED_PAIR: Final = Danger(
     "kernels from 6.2 to the middle of 2026 loop for ever on this request, unkillable",
     "FAULT-1",
@@ -60,8 +65,6 @@ CLOSE_IN_RESUMING: Final = Danger(
 STALE_WRITE: Final = Danger(
     "the kernel's virtio driver may crash on a write after RESUMING was left",
     "FAULT-19",
-    lambda facts: (
-        bool(facts.kernel) and (facts.identity is None or facts.identity[0] == VIRTIO_VENDOR)
-    ),
+    lambda facts: bool(facts.kernel) and (facts.identity is None or _is_virtio(*facts.identity)),
 )
 DANGERS: Final = (BLOCKED_PAIR, CLOSE_IN_RESUMING, STALE_WRITE)

@@ -68,6 +68,8 @@ def rule_of(origin: State, target: State) -> str:
 def rules_of(origin: State, target: State) -> list[str]:
     """All that a pair rests on: what comes of it, and for which devices."""
     rules = [rule_of(origin, target)]
+    if (origin, target) in SHORTER:
+        rules.append("PATH-1")  # where the states between are there
     if (origin, target) == (State.PRE_COPY, State.STOP_COPY):
         rules.append("PATH-3")
     if _needs(target) & ~_needs(origin) and not rules[0].startswith("ERROR"):
@@ -182,7 +184,7 @@ def _sentence(origin: State, target: State) -> str:
     marks = ""
     if any(arc.opens for arc in arcs):
         kind = session_kind(target)
-        marks = ", with a data_fd to read" if kind is SessionKind.SAVING else ", with one to write"
+        marks = f", with a data_fd to {'read' if kind is SessionKind.SAVING else 'write'}"
     return f"{origin.name} leads to {target.name}{marks}."
 
 
