@@ -36,7 +36,6 @@ SECCOMP_RET_DATA = 0x0000_FFFF
 
 SECCOMP_USER_NOTIF_FLAG_CONTINUE = 1 << 0
 SECCOMP_ADDFD_FLAG_SETFD = 1 << 0
-SECCOMP_ADDFD_FLAG_SEND = 1 << 1
 SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP = 1 << 0
 
 # --- classic BPF, as far as a filter over struct seccomp_data needs it -------------------------

@@ -37,7 +37,6 @@ from fcntl import ioctl
 from typing import TYPE_CHECKING
 
 from vfiomig.abi.seccomp import (
-    SECCOMP_ADDFD_FLAG_SEND,
     SECCOMP_ADDFD_FLAG_SETFD,
     SECCOMP_IOCTL_NOTIF_ADDFD,
     SECCOMP_IOCTL_NOTIF_ID_VALID,
@@ -170,15 +169,12 @@ class Listener:
         return self._answer(_pack_answer(id_, value, 0, 0))
 
     def fail(self, id_: int, number: int) -> bool:
-        """Let the call fail with errno ``number``; ``False`` if the caller is gone."""
-        return self._answer(_pack_answer(id_, 0, -number, 0))
+        """Let the call fail with errno ``number``; ``False`` if the caller is gone.
 
-    def restart(self, id_: int) -> bool:
-        """Let a caller with a pending signal handle it first; ``False`` if the caller is gone.
-
-        Its handler decides, by SA_RESTART, whether the call is made again or fails with EINTR.
+        ERESTARTSYS is for a caller with a pending signal, whose handler decides by SA_RESTART
+        whether the call is made again or fails with EINTR.
         """
-        return self.fail(id_, ERESTARTSYS)
+        return self._answer(_pack_answer(id_, 0, -number, 0))
 
     def carry_on(self, id_: int) -> bool:
         """Let the kernel do the call as if nobody had looked; ``False`` if the caller is gone."""
@@ -201,21 +197,17 @@ class Listener:
         *,
         newfd: int | None = None,
         cloexec: bool = False,
-        send: bool = False,
     ) -> int:
         """Put a copy of ``fd`` into the caller's table and return its number there.
 
-        It takes the lowest free number, or ``newfd``, replacing what is there. With ``send`` the
-        number answers the call in the same step; if this fails, the call still waits.
+        It takes the lowest free number, or ``newfd``, replacing what is there.
 
         Raises:
             CallerGone: there is no table any more.
             OSError: EMFILE when the table is full, ``newfd`` beyond its limit included.
 
         """
-        flags = SECCOMP_ADDFD_FLAG_SEND if send else 0
-        if newfd is not None:
-            flags |= SECCOMP_ADDFD_FLAG_SETFD
+        flags = 0 if newfd is None else SECCOMP_ADDFD_FLAG_SETFD
         request = bytearray(
             _ADDFD.pack(id_, flags, fd.fileno(), newfd or 0, os.O_CLOEXEC if cloexec else 0)
         )
