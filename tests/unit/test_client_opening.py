@@ -37,11 +37,26 @@ DEVICE_PATH = "/dev/vfio/devices/vfio0"
         *("", "vfio0", "/dev/vfio/vfio", "/dev/vfio/12:", "/dev/vfio/devices/vfio", "/etc/passwd"),
         *("0000:01:00", "01:00.8", "1:0.0", "83b8f4f2-509f-382f-3c1e-e6bfe0fa100", "fd:", "fd:-1"),
         *("fd:3,iommufd=", "fd:3,group=4", "fd:3,iommufd=4,container=5", "vfio-user:"),
+        "vfio-user:a\0b",
     ],
 )
 def test_an_unknown_target_names_the_known_ones(target: str) -> None:
     with pytest.raises(SpecError, match=r"model:SPEC.*/dev/vfio/devices/vfioN.*fd:N"):
         vfiomig.open(target)
+
+
+@pytest.mark.parametrize("kind", ["iommufd", "container"])
+def test_a_descriptor_cannot_be_a_device_and_what_it_belongs_to(kind: str) -> None:
+    with Fd(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)) as file:
+        number = file.fileno()
+        with pytest.raises(SpecError, match=f"descriptor {number} is named twice"):
+            vfiomig.open(f"fd:{number},{kind}={number}")
+
+
+@pytest.mark.parametrize("number", [2**31, 2**70])
+def test_a_number_that_no_descriptor_has_is_not_open(number: int) -> None:
+    with pytest.raises(TargetError, match=f"descriptor {number} cannot be opened: EBADF"):
+        vfiomig.open(f"fd:{number}")
 
 
 def test_the_dialect_of_a_kernel_cannot_be_chosen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 import vfiomig
 from c_style_server import ERROR, GET_INFO, HEADER, REGION_INFO, REPLY, CStyleServer, Options
-from vfiomig import SpecError, TargetError
+from vfiomig import SpecError, State, TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -212,6 +213,12 @@ def test_a_device_that_cannot_be(tmp_path: Path, command: int, payload: bytes, w
         error = refused(path)
         assert error.errno == errno.EPROTO
         assert words in str(error)
+
+
+def test_a_server_may_have_all_the_time_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "device.sock"
+    with CStyleServer(path), vfiomig.open(f"vfio-user:{path}", timeout=math.inf) as dev:
+        assert dev.state is State.RUNNING
 
 
 def test_what_was_agreed_on_is_told(tmp_path: Path) -> None:

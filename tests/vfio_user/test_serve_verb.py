@@ -169,6 +169,7 @@ def test_what_is_no_socket_is_not_touched(path: str, capsys: pytest.CaptureFixtu
         (["--socket", "/nowhere/at/all"], "No such file or directory"),
         (["--socket", "x" * 108], "choose a shorter one"),
         (["--fd", "1000"], "it is not open"),
+        (["--fd", str(1 << 40)], "it is not open"),
     ],
 )
 def test_what_cannot_be_served_on_is_one_line(

@@ -90,7 +90,7 @@ def _inherited(number: int) -> sockets.socket:
     """
     try:
         mode = os.fstat(number).st_mode
-    except OSError:
+    except (OSError, OverflowError):
         raise SpecError(f"--fd {number}: it is not open") from None
     if stat.S_ISSOCK(mode):
         given = sockets.socket(fileno=number)

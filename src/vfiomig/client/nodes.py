@@ -22,6 +22,7 @@ from vfiomig.client.kernel import KernelTransport, ioctl
 from vfiomig.client.requests import Requests
 from vfiomig.client.type1 import ContainerSpace
 from vfiomig.descriptors import Fd
+from vfiomig.errors import SpecError
 
 if TYPE_CHECKING:
     from vfiomig.client.face import DeviceClient
@@ -85,12 +86,16 @@ def open_descriptor(
     ``keep``: copies of them, so that this can be done again.
     """
     name, missing = f"fd:{number}", ""
+    other = iommufd if container is None else container
+    if other == number:
+        raise SpecError(
+            f"descriptor {number} is named twice: it is a device, or what it belongs to"
+        )
     with ExitStack() as taken:
         device = taken.enter_context(_take(number, keep=keep))
         if _is_container(device):
             what = diagnosis.NO_DEVICE_BUT_CONTAINER.format(number=number)
             raise diagnosis.refused(name, OSError(errno.ENOTTY, ""), what)
-        other = iommufd if container is None else container
         given = None if other is None else taken.enter_context(_take(other, keep=keep))
         link = os.readlink(f"/proc/self/fd/{number}")
         taken.pop_all()
@@ -115,12 +120,13 @@ def _not_found(name: str, sysfs: Sysfs) -> str:
 def _take(number: int, *, keep: bool) -> Fd:
     try:
         return Fd(os.dup(number) if keep else number)
-    except OSError as failure:
+    except (OSError, OverflowError):  # not open, or no number of a descriptor's
         how = (
             f"hand it over when this program is started: {number}<>PATH in a shell, or pass_fds "
             "in Python"
         )
-        raise diagnosis.refused(f"descriptor {number}", failure, how) from None
+        missing = OSError(errno.EBADF, "")
+        raise diagnosis.refused(f"descriptor {number}", missing, how) from None
 
 
 def _is_container(file: Fd) -> bool:

@@ -188,7 +188,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         "vfio-user:PATH, a server's socket",
-        re.compile(r"vfio-user:(?P<path>.+)", re.DOTALL),
+        re.compile(r"vfio-user:(?P<path>[^\0]+)"),
         _socket,
     ),
     Form(

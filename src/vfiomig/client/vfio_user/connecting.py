@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 import struct
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,7 @@ def connect(path: str, timeout: float | None = None) -> VfioUserTransport:
     Raises:
         TargetError: with the errno, and what to do.
     """
-    timeout = TIMEOUT if timeout is None else timeout
+    timeout = TIMEOUT if timeout is None else min(threading.TIMEOUT_MAX, timeout)
     try:
         connected = _connect(path, min(timeout, GREETING))
     except OSError as failure:
