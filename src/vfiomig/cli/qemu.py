@@ -69,7 +69,7 @@ def qemu(
     cpus:
         How many processors the machine has.
     memory:
-        Its memory; M and G are powers of 1024.
+        Its memory; M and G are powers of 1024. With tcg there are 8 KiB more.
     kernel:
         A Linux kernel to start, with its console on the serial port.
     initrd:
