@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import resource
 import threading
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -223,6 +224,23 @@ def test_memory_that_went_away_fails_the_access_and_nothing_else(tmp_path: Path)
             assert dev.read_region(0, 0, 4) == bytes(4)
             dev.unmap(BASE, 2 * PAGE)
         os.close(memfd)
+
+
+def test_memory_that_no_descriptor_is_left_to_answer_for_is_not_mapped(opened: Opened) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    with private(PAGE) as memory:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 1, hard))  # two are needed
+        try:
+            with pytest.raises(RequestError) as refused:
+                opened.dev.map(BASE, memory)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert refused.value.errno == errno.EMFILE
+        opened.dev.map(BASE, memory)
+        assert opened.run(engine.WRITE, BASE, 16) == engine.DONE
+        opened.dev.unmap(BASE, PAGE)
 
 
 def test_memory_is_given_back_when_the_server_refuses_it(tmp_path: Path) -> None:

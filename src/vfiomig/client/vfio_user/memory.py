@@ -174,6 +174,7 @@ class SharedMemory:
         limits = self._remote.limits
         if len(self._given) >= limits.max_dma_maps:
             raise OSError(errno.ENOSPC, f"the server takes {limits.max_dma_maps} pieces of memory")
+        self._remote.channel.attend()  # before there is something to ask for
         found = None
         if limits.fds_out:
             address, length = mapping.address, mapping.length
@@ -186,7 +187,6 @@ class SharedMemory:
         if not by_file:
             self._send_map(mapping, 0, [])
         self._given[mapping.iova] = Given(mapping, by_file)
-        self._remote.channel.attend()
 
     def _give_file(self, mapping: Mapping, fd: int, offset: int) -> bool:
         """Give the server a file; ``False`` if it cannot map it."""
