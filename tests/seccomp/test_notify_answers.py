@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 from in_process import wait_until
 from supervise import Served, compile_c, run_served
 from vfiomig.abi.syscalls import X86_64
+from vfiomig.descriptors import poll_until
 from vfiomig.doors.syscall.filter import fast_filter
 from vfiomig.doors.syscall.notify import ERESTARTSYS, CallerGone
 from vfiomig.memory import CallMemory, MemoryFault, ProcessMemory
@@ -456,7 +458,8 @@ def test_a_caller_killed_before_it_was_received_is_passed_over(
     """Its call is queued, and by the time of the receive there is nobody who made it."""
     served = Served([client, "1"], receivers=0, poll_first=poll_first)
     try:
-        time.sleep(0.05)  # the dynamic loader's first open waits by now
+        came = poll_until(served.listener, select.POLLIN, time.monotonic() + 10)
+        assert came == select.POLLIN, "the dynamic loader's first open does not wait"
         served.program.send_signal(signal.SIGKILL)
         assert served.program.wait(time.monotonic() + 10) == 128 + signal.SIGKILL
         assert served.listener.receive() is None
