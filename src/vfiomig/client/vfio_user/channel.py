@@ -485,7 +485,11 @@ class Attendant:
         self._socket = stream.fileno()
         self._attend = attend
         self._idle = select.epoll()
-        self._end = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._end = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError:
+            self._idle.close()
+            raise
         self._idle.register(self._end, select.EPOLLIN)
         self._watching = False
         self._thread = threading.Thread(target=self._run, name="vfiomig-attendant", daemon=True)
