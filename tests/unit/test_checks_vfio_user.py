@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
 
 from c_style_server import CStyleServer
 from devices.drilled import LEVERS, Drilled
-from vfiomig.checks import CHECKS, Levers, Report, Shows, Suite, Verdict, choose
+from vfiomig import State
+from vfiomig.checks import CHECKS, Check, Levers, Report, Shows, Suite, Verdict, choose, find
 from vfiomig.client import target_maker
 from vfiomig.doors.vfio_user import Server
+from vfiomig.doors.vfio_user.compat import LIBVFIO_USER
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from vfiomig import StateReader
+    from vfiomig.checks import Result
 
 #: What no client of a socket sees of a server.
 UNSEEN = {check.id for check in CHECKS if check.shows & ~(Shows.ALL_REQUESTS | Shows.REOPENING)}
@@ -69,6 +76,40 @@ def test_a_server_like_libvfio_user_deviates_as_it_is_known_to(
     assert "precopy.the-temporary-end-is-enomsg" in deviating
     (told,) = [r.saw for r in report.results if r.check.id == "reset.from-stop"]
     assert told == "what the client mended: no reset is possible in STOP (FAULT-7)"
+
+
+class Told(Drilled):
+    """Presses Ctrl-C when the load of a state begins, once it was told to."""
+
+    armed = False
+
+    def load(self, state: StateReader) -> None:
+        if self.armed:
+            self.armed = False
+            os.kill(os.getpid(), signal.SIGINT)
+        super().load(state)
+
+
+def test_ctrl_c_in_a_load_leaves_no_server_in_resuming(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It lets nobody go who has not loaded a whole state, which the next connection has to have."""
+    caplog.set_level(logging.CRITICAL, "vfiomig")
+    device = Told()
+
+    def arm(event: Check | Result) -> None:
+        device.armed = isinstance(event, Check)
+
+    maker = target_maker(f"vfio-user:{tmp_path / 'dev.sock'}")
+    with Server(device, tmp_path / "dev.sock", behaviour=LIBVFIO_USER):
+        with Suite(maker) as suite:
+            suite.run_check(find("saving.the-end-is-zero"))
+            report = suite.run([find("resuming.cut-after-a-half")], arm)
+        assert report.interrupted
+        assert report.lost == ""
+        with maker() as client:
+            assert client.state is State.RUNNING
+            assert client.mended == []
 
 
 KEPT = ("stop", "stop-copy", "resuming", "pre-copy")

@@ -10,7 +10,7 @@ check says so instead of being run.
 
 A server outside the kernel may keep RESUMING over a reset, and let nobody leave it who has not
 loaded a whole state. So such a server's device is saved before the first check, while that can be
-done, and the client has the state at hand. No other device sees that.
+done, and its clients have the state at hand. No other device sees that.
 
 A check ends with the device in RUNNING wherever that can be done: see ``subject``. So does a run
 that its user interrupts, after which the report tells what was found until then.

@@ -64,7 +64,7 @@ def target_maker(target: str, dialect: Dialect | str | None = None) -> Maker:
     Raises:
         SpecError: the TARGET means nothing.
     """
-    return _maker(os.fspath(target), dialect, Options(Sysfs(), keep=True))
+    return _maker(os.fspath(target), dialect, Options(Sysfs(), keep=True, whole_state=[]))
 
 
 def _maker(target: str, dialect: Dialect | str | None, options: Options) -> Maker:
@@ -140,6 +140,8 @@ class Options(NamedTuple):
     timeout: float | None = None
     #: Whether descriptors that were handed over stay open.
     keep: bool = False
+    #: What one client of a vfio-user server keeps for the next: see ``vfio_user.connect``.
+    whole_state: list[memoryview] | None = None
 
 
 def _node(match: re.Match[str], options: Options) -> DeviceClient:
@@ -166,7 +168,7 @@ def _descriptor(match: re.Match[str], options: Options) -> DeviceClient:
 
 
 def _socket(match: re.Match[str], options: Options) -> DeviceClient:
-    transport = vfio_user.connect(match["path"], options.timeout)
+    transport = vfio_user.connect(match["path"], options.timeout, options.whole_state)
     client = DeviceClient(transport, match[0], Dialect.LANDED)
     client.mended = transport.mended
     return client

@@ -62,8 +62,12 @@ SILENT = (
 NO_SERVER = "this is no vfio-user server, or one of a version that is not known here"
 
 
-def connect(path: str, timeout: float | None = None) -> VfioUserTransport:
+def connect(
+    path: str, timeout: float | None = None, whole_state: list[memoryview] | None = None
+) -> VfioUserTransport:
     """Connect to the server at ``path``; ``timeout`` is for each reply, in seconds.
+
+    ``whole_state`` holds a state that an earlier connection has kept, or will hold one.
 
     Raises:
         TargetError: with the errno, and what to do.
@@ -75,10 +79,15 @@ def connect(path: str, timeout: float | None = None) -> VfioUserTransport:
         number = failure.errno or errno.EIO
         advice = ADVICE.get(number, failure.strerror or "").format(path=path)
         raise _refused(path, number, advice) from None
-    return establish(connected, path, timeout)
+    return establish(connected, path, timeout, whole_state)
 
 
-def establish(connected: socket.socket, path: str, timeout: float) -> VfioUserTransport:
+def establish(
+    connected: socket.socket,
+    path: str,
+    timeout: float,
+    whole_state: list[memoryview] | None = None,
+) -> VfioUserTransport:
     """Take a connection over: agree on a version, and find out what is there; see ``connect``."""
     stream, connection = Stream(connected), ClientConnection(OURS)
     try:
@@ -90,7 +99,7 @@ def establish(connected: socket.socket, path: str, timeout: float) -> VfioUserTr
         raise
     channel = Channel(stream, connection, path, timeout)
     try:
-        remote = Remote(channel, limits)
+        remote = Remote(channel, limits, whole_state)
         running.begin(remote)
         return VfioUserTransport(remote, facts.gather(remote))
     except OSError as failure:

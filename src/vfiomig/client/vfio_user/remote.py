@@ -50,7 +50,9 @@ STOPPED = frozenset({State.STOP, State.STOP_COPY})
 class Remote:
     """The device. Calls raise ``OSError`` with the errno of the server."""
 
-    def __init__(self, channel: Channel, limits: Limits) -> None:
+    def __init__(
+        self, channel: Channel, limits: Limits, whole_state: list[memoryview] | None = None
+    ) -> None:
         self.channel = channel
         self.limits = limits
         self.order = threading.Lock()
@@ -59,8 +61,9 @@ class Remote:
         self.migratable = True
         #: See ``DeviceClient``.
         self.mended: list[str] = []
-        #: A state that the device is known to take, for whoever has one: see running.py.
-        self.whole_state: memoryview | None = None
+        #: A state that the device is known to take, if anybody has one: see running.py. It may be
+        #: shared with earlier connections to the same server.
+        self.whole_state = [] if whole_state is None else whole_state
         self._data_out = limits.in_one_piece(MIG_DATA.size)
         self._region_out = limits.in_one_piece(REGION_ACCESS.size)
 

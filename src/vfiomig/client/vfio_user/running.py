@@ -94,9 +94,9 @@ def _lead_to_running(remote: Remote, why: str) -> None:
         except RequestError:
             raise
         except OSError:
-            if state is not State.RESUMING or remote.whole_state is None:
+            if state is not State.RESUMING or not remote.whole_state:
                 raise
-            _load(remote, remote.whole_state)
+            _load(remote, remote.whole_state[0])
             remote.change_locked(RUNNING)
             remote.mended.append("only a whole state leads out of RESUMING")
     except RequestError:

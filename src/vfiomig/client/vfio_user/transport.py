@@ -89,7 +89,7 @@ class VfioUserTransport:
 
     def keep_whole_state(self, state: memoryview) -> None:
         """Have a state at hand for a server that lets nobody without one leave RESUMING."""
-        self._remote.whole_state = state
+        self._remote.whole_state[:] = [state]
 
     def ioctl(self, on: int, number: int, argument: UapiStruct | None) -> int:
         address = 0 if argument is None else ctypes.addressof(argument)
