@@ -160,7 +160,7 @@ def test_a_terminal_shows_the_matrix_the_chapters_and_what_was_found(
     monkeypatch.setenv("COLUMNS", "110")
     show(report._replace(target="model:flawed"))
     output = capsys.readouterr().out
-    assert output.startswith("model:flawed: calls in this process, dialect landed, stop-copy+p2p")
+    assert output.startswith("model:flawed: calls in this process, dialect landed, migration ")
     assert re.search(r"^STOP +EINVAL +ok +ok +ok \+r +", output, re.MULTILINE)
     assert re.search(r"^resuming +\d+ +\d+ +\d+ +\d+ +", output, re.MULTILINE)
     failed = output.index("\nfail saving.what-was-saved-can-be-loaded\n")

@@ -102,6 +102,16 @@ def test_usage_and_targets_that_are_not_there_are_2_in_one_line(
     assert sentence in line
 
 
+def test_a_device_that_cannot_migrate_is_told_why_and_shown_no_empty_matrix(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert check("model:pattern,size=4K,caps=none", "--only", "states") == 0
+    output = capsys.readouterr().out
+    assert "migration none: whoever serves it gives it no capability to" in output.splitlines()[0]
+    assert output.endswith("72 not applicable, in 0.0 s\n")
+    assert "from \\ to" not in output
+
+
 def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert check("model:counter", "--only", "sessions", "--json") == 0
     data = json.loads(capsys.readouterr().out)

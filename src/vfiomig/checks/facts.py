@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 from vfiomig.abi import vfio
 from vfiomig.abi.ioctls import FEATURES, Dialect
+from vfiomig.client.diagnosis import why_no_migration
 from vfiomig.client.kernel import KernelTransport
 from vfiomig.client.local import LocalTransport
 from vfiomig.errors import RequestError
-from vfiomig.fsm import LEGAL_SETS, Capability
+from vfiomig.fsm import LEGAL_SETS, Capability, capability_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,6 +71,8 @@ class Facts:
     flags: int
     #: The same if it is one of the sets that mean something, else none.
     capabilities: Capability
+    #: That in words; where it is none, which layer keeps the device from migrating.
+    migration: str
     #: Indices of the features that it answers a PROBE of.
     features: frozenset[int]
     shows: Shows
@@ -106,11 +109,18 @@ def look(client: DeviceClient) -> Facts:
         client.dialect,
         flags,
         capabilities,
+        _migration(flags, capabilities, transport),
         features,
         shown_by(transport),
         kernel,
         _identity(client),
     )
+
+
+def _migration(flags: int, capabilities: Capability, transport: Transport) -> str:
+    if flags:
+        return capability_name(capabilities) if capabilities else f"{flags:#x}, which means nothing"
+    return f"none: {why_no_migration(transport.about)}"
 
 
 def shown_by(transport: Transport) -> Shows:

@@ -16,7 +16,6 @@ from rich.text import Text
 
 from vfiomig.checks import CHAPTERS, Check, Result, Verdict
 from vfiomig.checks.rules import rules
-from vfiomig.fsm import capability_name
 from vfiomig.report.matrix import COLUMNS, LEGEND, matrix
 
 if TYPE_CHECKING:
@@ -115,10 +114,9 @@ def show(report: Report) -> None:
 
 def _show_facts(console: Console, report: Report) -> None:
     facts = report.facts
-    caps = facts.capabilities
-    migration = capability_name(caps) if caps else f"flags {facts.flags:#x}"
     console.print(
-        f"{report.target}: {facts.by}, dialect {facts.dialect}, {migration}", soft_wrap=True
+        f"{report.target}: {facts.by}, dialect {facts.dialect}, migration {facts.migration}",
+        soft_wrap=True,
     )
 
 

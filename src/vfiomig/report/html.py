@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vfiomig.checks import CHAPTERS, Verdict
-from vfiomig.fsm import capability_name
 from vfiomig.report.matrix import COLUMNS, LEGEND, matrix
 from vfiomig.version import VERSION
 
@@ -79,11 +78,10 @@ def _end(report: Report) -> list[tuple[str, str]]:
 
 
 def _facts(facts: Facts) -> list[tuple[str, str]]:
-    caps = facts.capabilities
     found = [
         ("reached by", facts.by),
         ("dialect", str(facts.dialect)),
-        ("migration", capability_name(caps) if caps else f"flags {facts.flags:#x}"),
+        ("migration", facts.migration),
     ]
     if facts.identity is not None:
         found.append(("identity", ":".join(f"{part:04x}" for part in facts.identity)))

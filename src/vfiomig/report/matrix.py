@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 def matrix(report: Report) -> list[Row]:
-    """Return a row for each state; nothing if no check of a pair is in the report."""
+    """Return a row for each state; nothing if no check of a pair is about such a device."""
     cells = {
         result.check.pair: Cell(
             result.cell or UNTRIED.get(result.verdict, str(result.verdict)),
@@ -53,7 +53,7 @@ def matrix(report: Report) -> list[Row]:
         for result in report.results
         if result.check.pair is not None
     }
-    if not cells:
+    if all(cell.verdict is Verdict.NOT_APPLICABLE for cell in cells.values()):
         return []
     columns = range(len(COLUMNS))  # the number behind the last state is what none is known by
     return [
