@@ -98,7 +98,10 @@ class Receivers:
         self._watched = turn
         if self._resting:  # looked at after the turn is there, as the watcher does the reverse
             if self._watcher.ident is None:
-                self._watcher.start()
+                try:
+                    self._watcher.start()
+                except RuntimeError:
+                    return  # nobody can look: the call keeps the role
             self._roused.set()
 
     def _pass_on_locked(self, turn: Turn) -> None:
