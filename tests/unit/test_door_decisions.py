@@ -345,13 +345,14 @@ def test_a_close_is_carried_out_even_where_no_thread_can_be_had(
         raise RuntimeError("can't start new thread")
 
     with Door([VfioDevice(Device())]) as door:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
         door.open_device(0, os.O_RDWR).close()
         door._notice_closes()
         assert door.closing.waiting
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
-            door._close_elsewhere()
+        door._close_elsewhere()
         assert not door.closing
+        door.open_device(0, os.O_RDWR).close()
+    assert not door.closing
 
 
 def test_idle_threads_are_used_again() -> None:

@@ -185,10 +185,10 @@ class Door:
         self._notice_closes()
         for opened in self.table.all():
             self._forget(opened)
-        closer = threading.Thread(target=self.closing.finish, args=(None,), daemon=True)
-        closer.start()
-        closer.join(max(0.0, deadline - time.monotonic()))
-        return not closer.is_alive()
+        closer = self._close_elsewhere()
+        if closer is not None:
+            closer.join(max(0.0, deadline - time.monotonic()))
+        return closer is None or not closer.is_alive()
 
     # Answering.
 
@@ -421,16 +421,18 @@ class Door:
                 os.eventfd_read(self._wake.fileno())
             self._notice_closes()
             if self.closing.waiting:
-                self._close_elsewhere()
+                self._close_elsewhere()  # one that is slow must not keep signals waiting
             for opened in self.table.all():
                 if isinstance(opened, DataOpen) and opened.pipe and opened.pipe.abandoned():
                     self._forget(opened)
             self._held.look()
 
-    def _close_elsewhere(self) -> None:
-        """Carry closes out where a slow one keeps no signals waiting, if there can be a thread."""
+    def _close_elsewhere(self) -> threading.Thread | None:
+        """Carry closes out in a thread, as they may take long; at once if there can be none."""
         closer = threading.Thread(target=self.closing.finish, args=(None,), daemon=True)
         try:
             closer.start()
         except RuntimeError:
             self.closing.finish(None)
+            return None
+        return closer
