@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,18 @@ def test_junit_counts_what_failed_and_what_was_skipped(report: Report) -> None:
     failure = cases["sessions.a-reader-wakes-when-its-session-ends"].find("failure")
     assert failure is not None
     assert failure.get("message") == NASTY.replace("\0", "\ufffd").replace("\x1b", "\ufffd")
+
+
+def test_a_lost_device_is_an_error_to_build_servers(report: Report) -> None:
+    unrun = [result for result in report.results if result.verdict is Verdict.NOT_RUN]
+    lost = [unrun[0], *(replace(result, saw="it is gone") for result in unrun[1:])]
+    (suite,) = ET.fromstring(as_junit(report._replace(results=lost, lost="it is gone")))
+    assert suite.get("skipped") == "1"
+    assert suite.get("errors") == str(len(suite) - 1)
+    assert [child.tag for case in suite for child in case] == [
+        "skipped",
+        *["error"] * len(unrun[1:]),
+    ]
 
 
 class Page(HTMLParser):

@@ -1,7 +1,8 @@
 """A report of checks in the form that build servers read: one test case for each check.
 
-A check that fails is a failure; what is not applicable or was not run is skipped, with the
-reason; a deviation passes, and says in its output what it is.
+A check that fails is a failure, and one that was not run because the device is lost an error.
+What else was not run, or is not applicable, is skipped, with the reason; a deviation passes, and
+says in its output what it is.
 """
 
 from __future__ import annotations
@@ -25,24 +26,29 @@ SKIPPED: Final = (Verdict.NOT_APPLICABLE, Verdict.NOT_RUN)
 def as_junit(report: Report) -> str:
     """Return the document."""
     summary = report.summary
+    lost = sum(_is_lost(result, report) for result in report.results)
     suite = ET.Element(
         "testsuite",
         name=_legal(f"vfiomig check {report.target}"),
         tests=str(len(report.results)),
         failures=str(summary[Verdict.FAIL]),
-        errors="0",
-        skipped=str(sum(summary[verdict] for verdict in SKIPPED)),
+        errors=str(lost),
+        skipped=str(sum(summary[verdict] for verdict in SKIPPED) - lost),
         time=f"{sum(result.seconds for result in report.results):.3f}",
     )
     for result in report.results:
-        suite.append(_case(result))
+        suite.append(_case(result, is_lost=_is_lost(result, report)))
     root = ET.Element("testsuites")
     root.append(suite)
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _case(result: Result) -> ET.Element:
+def _is_lost(result: Result, report: Report) -> bool:
+    return result.verdict is Verdict.NOT_RUN and result.saw == report.lost
+
+
+def _case(result: Result, *, is_lost: bool) -> ET.Element:
     case = ET.Element(
         "testcase",
         classname=f"vfiomig.{result.check.chapter}",
@@ -53,7 +59,7 @@ def _case(result: Result) -> ET.Element:
     if result.verdict is Verdict.FAIL:
         ET.SubElement(case, "failure", message=saw).text = _evidence(result)
     elif result.verdict in SKIPPED:
-        ET.SubElement(case, "skipped", message=saw)
+        ET.SubElement(case, "error" if is_lost else "skipped", message=saw)
     elif result.verdict is Verdict.DEVIATES:
         ET.SubElement(case, "system-out").text = f"deviates\n{_evidence(result)}"
     return case
