@@ -255,7 +255,10 @@ class Channel:
         """Let others see who receives now, and what is awaited."""
         self._watch()
         while self._turns:
-            self._turns.pop().release()
+            turn = self._turns[-1]  # until it is released: Ctrl-C may come in between
+            if turn.locked():
+                turn.release()
+            self._turns.pop()
 
     def _watch(self) -> None:
         """Let the attendant look at the socket if nobody else does. ``_lock`` is held."""
