@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import select
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pytest
 from in_process import wait_until
 from vfiomig import Device, Region
 from vfiomig.core.vfio_device import VfioDevice
-from vfiomig.descriptors import Fd
+from vfiomig.descriptors import Fd, poll_until
 from vfiomig.doors.syscall import run
 from vfiomig.doors.syscall.caller import _open_thread
 from vfiomig.doors.syscall.closing import Closing
@@ -24,14 +25,17 @@ from vfiomig.doors.syscall.held import interruption
 from vfiomig.doors.syscall.notify import ERESTARTSYS
 from vfiomig.doors.syscall.opened import DeviceOpen, IommufdOpen, Table, link_of
 from vfiomig.doors.syscall.paths import DevTree, join
+from vfiomig.doors.syscall.readiness import DataPipe
 from vfiomig.doors.syscall.receivers import Receivers, Turn
 from vfiomig.doors.syscall.standin import StandIn
 from vfiomig.doors.syscall.transfer import MAX_RW_COUNT, buffers
+from vfiomig.fsm import SessionKind
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from vfiomig.core.iommufd import Iommufd
+    from vfiomig.core.transfer import Migf
     from vfiomig.doors.syscall.notify import Listener, Notification
 
 USR1, STOP, CHLD, QUIT = (1 << number - 1 for number in (10, 19, 17, 3))
@@ -250,6 +254,37 @@ def test_where_a_thread_cannot_be_opened_its_process_stands_for_it(
         tid = other.submit(threading.get_native_id).result()
         _open_thread(tid).close()
     assert opened == [os.getpid()] != [tid]
+
+
+class Session:
+    """Stands for a saving session."""
+
+    kind = SessionKind.SAVING
+    dead = False
+    ready = True
+
+    def watch(self, callback: object) -> None:
+        """Nothing is told."""
+
+
+def test_where_no_descriptor_is_left_a_data_fd_looks_ready_for_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> Fd:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    session = Session()
+    with select.epoll() as work:
+        pipe = DataPipe(cast("Migf", session), work)
+        pipe.follow(0, lambda: None)
+        session.ready = False
+        with monkeypatch.context() as patch:
+            patch.setattr("vfiomig.doors.syscall.readiness.reopen", refuse)
+            pipe.refresh()
+        assert poll_until(pipe.program_end, select.POLLIN, 0.0)
+        pipe.refresh()
+        assert not poll_until(pipe.program_end, select.POLLIN, 0.0)
+        pipe.close()
 
 
 class Calls:

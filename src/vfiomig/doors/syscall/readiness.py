@@ -96,13 +96,14 @@ class DataPipe:
     def _show_locked(self, ready: bool) -> None:
         if ready == self._shown:
             return
-        self._shown = ready
         if ready:
             with contextlib.suppress(BrokenPipeError):  # the program's copies are gone
                 os.write(self._own_end.fileno(), b"\0")
         else:
-            with (
-                reopen(self._own_end, os.O_RDONLY | os.O_NONBLOCK) as taker,
-                contextlib.suppress(BlockingIOError),  # a read that nobody stopped has taken it
-            ):
+            try:
+                taker = reopen(self._own_end, os.O_RDONLY | os.O_NONBLOCK)
+            except OSError:
+                return  # for want of a descriptor it looks ready for longer
+            with taker, contextlib.suppress(BlockingIOError):  # a read that nobody stopped has it
                 os.read(taker.fileno(), 1)
+        self._shown = ready
