@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -216,3 +217,37 @@ def test_a_program_that_is_not_dumpable_is_named_once_and_goes_on_without_us(
     )
     assert done.returncode == 6, done.stderr
     assert done.stderr.count("cannot be reached") == 1
+
+
+def test_a_program_that_takes_the_descriptors_of_the_door_is_told_emfile_and_goes_on(
+    tmp_path: Path,
+) -> None:
+    program = build(
+        tmp_path,
+        r"""
+        int main(void)
+        {
+            struct rlimit limit;
+            int device = use_device(0), opened = 0, fds[1000];
+            getrlimit(RLIMIT_NOFILE, &limit);
+            limit.rlim_cur = limit.rlim_max;
+            CHECK(!setrlimit(RLIMIT_NOFILE, &limit));
+            while ((fds[opened] = open("/dev/iommu", O_RDWR)) >= 0)
+                opened++;
+            IS(errno, EMFILE);
+            CHECK(opened > 10);
+            IS(get_state(device), RUNNING);
+            while (opened)
+                close(fds[--opened]);
+            IS(get_state(device), RUNNING);
+            CHECK(open("/dev/iommu", O_RDWR) >= 0);
+            return 7;
+        }
+        """,
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, hard))
+    try:
+        assert serve([Plain(4096)], [program]) == 7
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
+from pathlib import Path
 
 import pytest
 
 from vfiomig.doors.syscall.launch import explain_exec, explain_seccomp
 from vfiomig.doors.syscall.notify import kernel_version, receive_ends_with_program
+from vfiomig.doors.syscall.program import _await_end, _children
 
 
 @pytest.mark.parametrize(
@@ -76,3 +80,15 @@ def test_a_program_that_does_not_start_has_a_shells_exit_code(
     assert error.exit_code == code
     assert words in str(error)
     assert str(error).startswith(name)
+
+
+def test_orphans_are_looked_for_another_time_where_no_descriptor_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(Path, "glob", refuse)
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    assert not list(_children())
+    _await_end(os.getpid(), sys.float_info.max)

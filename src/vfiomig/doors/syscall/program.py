@@ -175,15 +175,16 @@ def relaying_signals(program: Program) -> Iterator[None]:
 
 
 def _await_end(pid: int, deadline: float) -> None:
-    with suppress(ProcessLookupError), Fd(os.pidfd_open(pid)) as pidfd:
+    with suppress(OSError), Fd(os.pidfd_open(pid)) as pidfd:  # it is gone, or no descriptor is left
         poll_until(pidfd, select.POLLIN, deadline)
 
 
 def _children() -> Iterator[int]:
     """Children of this process, whichever of its threads they are listed under."""
-    for listing in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):  # a thread that just ended
-            yield from map(int, listing.read_text(encoding="ascii").split())
+    with suppress(OSError):  # no descriptor is left: there will be another time
+        for listing in Path("/proc/self/task").glob("*/children"):
+            with suppress(OSError):  # a thread that just ended
+                yield from map(int, listing.read_text(encoding="ascii").split())
 
 
 def _status_number(pid: int | str, name: str) -> int:
