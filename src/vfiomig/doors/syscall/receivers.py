@@ -71,6 +71,7 @@ class Receivers:
         self._idle = 0
         self._role = threading.Semaphore(0)
         self._over = False
+        self._short_of_threads = False
         self._watched: Turn | None = None
         self._watches = 0
         self._resting = True
@@ -108,7 +109,10 @@ class Receivers:
         try:
             self._receive_elsewhere_locked()
         except RuntimeError as problem:
-            log.warning("the program's calls wait for a slow one: %s", problem)
+            # Once: it goes on like this.
+            level = logging.DEBUG if self._short_of_threads else logging.WARNING
+            log.log(level, "the program's calls wait for slow ones: %s", problem)
+            self._short_of_threads = True
         else:
             turn.passed_on = True
 
