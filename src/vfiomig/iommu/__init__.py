@@ -1,7 +1,7 @@
 """IOVA space: what a device reaches by DMA, and the log of what it wrote there.
 
-``IoSpace`` is filled by whoever maps memory for the device (iommufd, later type1 and
-vfio-user), with memory that ``Backings`` finds; ``PageTable`` is what devices are attached to;
+``IoSpace`` is filled by whoever maps memory for the device (iommufd, type1 or vfio-user), with
+memory that ``Backings`` finds; ``PageTable`` is what devices are attached to;
 ``DmaPort`` is how a device uses it; ``DirtyLog`` remembers the device's writes.
 """
 
