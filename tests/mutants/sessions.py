@@ -139,6 +139,16 @@ def a_small_read_loses_the_rest_of_a_message(bench: Bench) -> None:
     bench.patch(SavingMigf, "_copy_locked", copy)
 
 
+@mutant("SESSION-13", "sessions.where-a-read-ends-means-nothing")
+def a_small_read_fails(bench: Bench) -> None:
+    """But for the first one."""
+
+    def read(call: Call, data_fd: int, buffer: memoryview) -> int:
+        return end(errno.EIO) if len(buffer) == 7 else call(data_fd, buffer)
+
+    bench.reads.append(read)
+
+
 @mutant("SESSION-5", "sessions.a-closed-data-fd-does-not-come-back")
 def a_closed_descriptor_is_given_again(bench: Bench) -> None:
     def set_state(original: SetState, mine: Migration, target: int) -> Outcome:

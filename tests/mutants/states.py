@@ -23,6 +23,8 @@ from vfiomig.core.saving import SavingMigf
 from vfiomig.fsm import session_kind
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mutants.bench import Bench, Call, SetState
     from vfiomig.abi.uapi import UapiStruct
     from vfiomig.core.vfio_device import VfioDevice
@@ -211,6 +213,34 @@ def a_refusal_skips_bytes(bench: Bench) -> None:
         return original(mine, target)
 
     bench.set_state(set_state)
+
+
+def reads_fail_after(target: int, failure: int) -> Callable[[Bench], None]:
+    """A request in STOP_COPY that has no effect, but for the reads that come behind it."""
+
+    def body(bench: Bench) -> None:
+        asked: list[int] = []
+
+        def set_state(original: SetState, mine: Migration, wanted: int) -> Outcome:
+            asked[:] = [1] * (mine._state is State.STOP_COPY and wanted == target)
+            return original(mine, wanted)
+
+        def read(call: Call, data_fd: int, buffer: memoryview) -> int:
+            return end(failure) if asked else call(data_fd, buffer)
+
+        bench.set_state(set_state)
+        bench.reads.append(read)
+
+    body.__name__ = f"a_request_for_{target}_is_the_end_of_the_stream"
+    return body
+
+
+mutant("NEXT-6", "combinations.asking-for-the-current-state-moves-no-byte")(
+    reads_fail_after(State.STOP_COPY, errno.EIO)
+)
+mutant("SET-LANDED-12", "combinations.a-refused-request-leaves-the-stream-alone")(
+    reads_fail_after(0xFFFF_FFFF, errno.EREMOTEIO)
+)
 
 
 @mutant("FAIL-3", "combinations.a-failing-combination-stops-where-it-failed")

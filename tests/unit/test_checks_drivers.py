@@ -121,8 +121,12 @@ def stops_at_a_refusal(bench: Bench) -> None:
         stopped.clear()
         return original_reset(mine)
 
+    def read(call: Call, data_fd: int, buffer: memoryview) -> int:
+        return end(errno.EIO) if stopped and len(buffer) == 32 else call(data_fd, buffer)
+
     bench.set_state(set_state)
     bench.patch(Migration, "reset", reset)
+    bench.reads.append(read)
 
 
 def logs_whole_words_of_a_bitmap(bench: Bench) -> None:

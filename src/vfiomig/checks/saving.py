@@ -9,7 +9,7 @@ from vfiomig.checks.check import Chapter
 from vfiomig.checks.evidence import Inapplicable, transfer_text
 from vfiomig.checks.facts import Shows
 from vfiomig.checks.pages import PAGE, Pages, buffer_at
-from vfiomig.checks.stream import first_difference
+from vfiomig.checks.stream import first_difference, flaw
 from vfiomig.fsm import State
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def a_state_can_be_read_to_its_half_and_left(subject: Subject) -> None:
     subject.read(data_fd, max(1, min(4096, len(state) // 2)))
     subject.go(State.STOP)
     _, first = subject.read(subject.session(State.STOP_COPY), 64)
-    subject.expect_start_of(state, first, "the next session")
+    subject.expect_start_of(state, "the next session", first)
 
 
 # Memory that faults. Only a call of the system can say so: read() itself takes the buffer.
@@ -158,11 +158,13 @@ def a_buffer_that_ends_early_is_filled_so_far(subject: Subject) -> None:
     wanted = f"{half} bytes, or EFAULT"
     subject.evidence.expect_that(what, fair, wanted, transfer_text(result))
     _, then = subject.read(data_fd, 64)
-    _prefer_complete(subject, state, got + then)
+    _prefer_complete(subject, state, *([got] if got else []), then)
 
 
-def _prefer_complete(subject: Subject, state: memoryview, got: bytes) -> None:
-    difference = first_difference(got, state[: len(got)])
-    saw = "nothing lost" if difference is None else "bytes are lost"
+def _prefer_complete(subject: Subject, state: memoryview, *pieces: bytes) -> None:
+    found = flaw(state, pieces)
+    if found:
+        subject.need_saves_alike()
+    saw = f"bytes are lost: {found}" if found else "nothing lost"
     what = "the stream after the fault"
-    subject.evidence.prefer(what, difference is None, "nothing lost", saw, "FAULT-18")
+    subject.evidence.prefer(what, not found, "nothing lost", saw, "FAULT-18")

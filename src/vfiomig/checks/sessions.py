@@ -289,7 +289,7 @@ def a_duplicate_is_the_same_stream(subject: Subject) -> None:
         _, second = subject.read(copy, 1)
     finally:
         os.close(copy)
-    subject.expect_start_of(state, first + second, "a byte from each")
+    subject.expect_start_of(state, "a byte from each", first, second)
 
 
 @CHAPTER.check("SESSION-12", "SESSION-13")
@@ -297,10 +297,10 @@ def where_a_read_ends_means_nothing(subject: Subject) -> None:
     """The stream is the same in reads of 1, 7, 64 and 4096 bytes as in large ones."""
     state = subject.stopped_state()
     data_fd = subject.session(State.STOP_COPY)
-    pieces = bytearray()
+    pieces: list[bytes] = []
     for number in range(256):
         count, piece = subject.read(data_fd, (1, 7, 64, 4096)[number % 4])
+        pieces.append(piece)
         if count <= 0:
             break
-        pieces += piece
-    subject.expect_start_of(state, bytes(pieces), "the bytes of small reads")
+    subject.expect_start_of(state, "the bytes of small reads", *pieces)

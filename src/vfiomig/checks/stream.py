@@ -11,9 +11,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-__all__ = ("CHUNK", "STATE_LIMIT", "StateTooLong", "Stream", "first_difference")
+__all__ = ("CHUNK", "STATE_LIMIT", "StateTooLong", "Stream", "first_difference", "flaw")
 
 #: Bytes of one read or write.
 CHUNK: Final = 1 << 20
@@ -58,6 +58,22 @@ class Stream:
         """Everything that came."""
         assert self._kept, "nobody wanted to look at it"
         return memoryview(self._memory)[: self.size].toreadonly()
+
+
+def flaw(state: memoryview, pieces: Iterable[bytes]) -> str:
+    """Say what is wrong with what reads brought, one after the other, from the start of a state.
+
+    Nothing is if each of them brought what comes next, or there was nothing left.
+    """
+    done = 0
+    for piece in pieces:
+        if not piece and done < len(state):
+            return f"nothing behind the first {done} bytes"
+        difference = first_difference(piece, state[done : done + len(piece)])
+        if difference is not None:
+            return f"other bytes from {done + difference} on"
+        done += len(piece)
+    return ""
 
 
 def first_difference(one: bytes | memoryview, other: bytes | memoryview) -> int | None:

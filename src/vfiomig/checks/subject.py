@@ -31,7 +31,7 @@ from vfiomig.checks.evidence import (
     transfer_text,
 )
 from vfiomig.checks.facts import no_descriptor_left
-from vfiomig.checks.stream import CHUNK, StateTooLong, Stream, first_difference
+from vfiomig.checks.stream import CHUNK, StateTooLong, Stream, first_difference, flaw
 from vfiomig.client.transport import NO_FD
 from vfiomig.fsm import Capability, SessionKind, State, session_kind, states_of
 
@@ -323,14 +323,13 @@ class Subject:
             raise Inapplicable("the device's state is empty")
         return state
 
-    def expect_start_of(self, state: memoryview, got: bytes | memoryview, what: str) -> None:
-        """Compare bytes that were read with the start of ``stopped_state``, byte by byte."""
-        difference = first_difference(got, state[: len(got)])
-        if difference is not None:
+    def expect_start_of(self, state: memoryview, what: str, *pieces: bytes) -> None:
+        """Compare what reads brought with the start of ``stopped_state``; see ``flaw``."""
+        found = flaw(state, pieces)
+        if found:
             self.need_saves_alike()
-        wanted = f"{len(got)} bytes as saved before" if got else "bytes of the state"
-        saw = wanted if got and difference is None else f"other bytes from {difference or 0} on"
-        self.evidence.expect_that(what, got and difference is None, wanted, saw)
+        wanted = f"{sum(map(len, pieces))} bytes as saved before"
+        self.evidence.expect_that(what, not found, wanted, found or wanted)
 
     def need_saves_alike(self) -> None:
         """Raise ``Inapplicable`` on a device that puts something of the moment into its stream."""
