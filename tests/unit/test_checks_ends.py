@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ import pytest
 from devices.drilled import LEVERS, Drilled
 from vfiomig import DeviceClient, DeviceError, State, StateReader
 from vfiomig.checks import Check, Report, Result, Suite, Verdict, choose
+from vfiomig.checks.evidence import Gone
 from vfiomig.checks.suite import BUG, DEADLINE
 from vfiomig.client import Maker, device_maker, target_maker
 from vfiomig.core.migration import Migration
@@ -32,6 +35,10 @@ from vfiomig.testing import check_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from vfiomig.checks.beside import Beside
+    from vfiomig.checks.raw import Raw
+    from vfiomig.checks.subject import Subject
 
 ROOT = Path(__file__).parents[2]
 
@@ -237,6 +244,36 @@ def test_a_check_that_hangs_makes_no_request_when_it_wakes() -> None:
         join_checks()
         assert raw.barred
         assert suite.run_check(choose(["states.stop-copy-to-stop"])[0]).verdict is Verdict.PASS
+
+
+def test_a_thread_that_outlives_its_check_makes_no_request_beside_the_next() -> None:
+    """The descriptors of the next one have the numbers that it knows."""
+    go_on = threading.Event()
+    late: list[Beside[int]] = []
+
+    def read_late(raw: Raw, data_fd: int) -> int:
+        assert go_on.wait(30)
+        return raw.read(data_fd, bytearray(1))
+
+    def outlived(subject: Subject) -> None:
+        data_fd = subject.session(State.STOP_COPY)
+        late.append(subject.beside(partial(read_late, subject.raw, data_fd)))
+        late[0].result("the other thread")
+
+    def undisturbed(subject: Subject) -> None:
+        subject.session(State.STOP_COPY)
+        go_on.set()
+        assert late[0].wait(at_least=10)
+        with pytest.raises(Gone):
+            late[0].result("the other thread")
+
+    (check,) = choose(["states.stop-copy-to-stop"])
+    with Suite(device_maker(Drilled()), deadline=1.5) as suite:
+        first = suite.run_check(replace(check, body=outlived))
+        assert (first.verdict, first.saw) == (Verdict.FAIL, "the other thread: still under way")
+        suite._deadline = DEADLINE
+        second = suite.run_check(replace(check, body=undisturbed))
+        assert second.verdict is Verdict.PASS, second.saw
 
 
 # Servers.

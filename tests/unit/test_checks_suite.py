@@ -36,6 +36,7 @@ from vfiomig.models import make
 
 if TYPE_CHECKING:
     from vfiomig.checks.facts import Facts
+    from vfiomig.device import PrecopyInfo
 
 ROOT = Path(__file__).parents[2]
 LANDED, V6 = Dialect.LANDED, Dialect.V6
@@ -97,6 +98,24 @@ def test_the_ready_devices_keep_the_protocol(spec: str, dialect: Dialect) -> Non
     assert of(report, Verdict.DEVIATES).keys() == MODELS[spec]
     unrun = of(report, Verdict.NOT_RUN)
     assert {check.lever for check in CHECKS if check.id in unrun} <= {"write_by_dma"}
+
+
+class Changing(Drilled):
+    """Something changed just after it was told that nothing had."""
+
+    asked = False
+
+    def precopy_info(self) -> PrecopyInfo:
+        told = super().precopy_info()
+        if self.asked or told.initial_bytes:
+            return told
+        self.asked = True
+        return told._replace(dirty_bytes=0)
+
+
+def test_numbers_of_a_device_that_changes_meanwhile_are_no_deviation() -> None:
+    (result,) = run(device_maker(Changing()), "precopy.both-numbers-zero*").results
+    assert (result.verdict, result.saw[-6:]) == (Verdict.PASS, "ENOMSG")
 
 
 def test_a_device_that_cannot_migrate_shows_that_alone() -> None:

@@ -52,9 +52,9 @@ class Beside(Generic[R]):
             return False
         return stat.rpartition(b")")[2].split()[0] in {b"S", b"D"}
 
-    def wait(self, share: float = 1.0) -> bool:
+    def wait(self, share: float = 1.0, *, at_least: float = 0.0) -> bool:
         """Wait for its end, for a share of the time that is left; tell whether it came."""
-        self._thread.join(max(0.0, self._subject.left * share))
+        self._thread.join(max(at_least, self._subject.left * share))
         return not self._thread.is_alive()
 
     def result(self, what: str) -> R:

@@ -70,8 +70,8 @@ class Raw:
     def __init__(self, client: DeviceClient) -> None:
         self.transport: Transport = client._transport
         self.dialect = client.dialect
-        #: Set when the device is closed beside a check that hangs: the numbers of its descriptors
-        #: will be somebody else's.
+        #: Set when a check is over, or is given up, and a thread of it is not: the numbers of its
+        #: descriptors will be somebody else's.
         self.barred = False
 
     def _outcome(self, call: Callable[[], int]) -> int:

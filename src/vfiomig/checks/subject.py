@@ -51,6 +51,8 @@ R = TypeVar("R")
 
 #: How often a race is tried: each time may end in either order.
 ROUNDS = 12
+#: How long a thread is waited for that has seen as well that the time is up.
+LAST_SECONDS = 0.2
 #: The step of a query.
 ASK = "ask for the state"
 WITHOUT_ERROR = "no request brings a device to ERROR, and it refused a foreign state without"
@@ -85,7 +87,8 @@ class Subject:
         #: What the state matrix shows of the check.
         self.cell = ""
         self._data_fds: dict[int, SessionKind | None] = {}
-        self._beside: list[Beside[object]] = []
+        #: With that by which each makes its requests.
+        self._beside: list[tuple[Beside[object], Raw]] = []
 
     # What is where.
 
@@ -430,7 +433,7 @@ class Subject:
     def beside(self, call: Callable[[], R]) -> Beside[R]:
         """Run ``call`` in a thread; it is over when the check is."""
         started = Beside(call, self)
-        self._beside.append(started)  # type: ignore[arg-type]  # whatever it returns
+        self._beside.append((started, self.raw))  # type: ignore[arg-type]  # whatever it returns
         return started
 
     @property
@@ -455,13 +458,13 @@ class Subject:
 
     def end(self) -> None:
         """Close what is open, and leave the device in RUNNING if that can be done."""
-        if not self.target.is_open:
-            return
-        self.close_all()
-        if self.facts.capabilities:
-            self.target.leave_running()
-        for thread in self._beside:
-            thread.wait()
+        if self.target.is_open:
+            self.close_all()
+            if self.facts.capabilities:
+                self.target.leave_running()
+        for thread, raw in self._beside:
+            if not thread.wait(at_least=LAST_SECONDS):
+                self.target.part_with(raw)
 
     def reopen(self) -> None:
         """Close the device and open it again; ``Broken`` if it cannot be opened."""

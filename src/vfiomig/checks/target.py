@@ -178,6 +178,12 @@ class Target:
             self.raw.set_state(State.RUNNING)
         return self.is_running()
 
+    def part_with(self, raw: Raw) -> None:
+        """Let no more requests be made by ``raw``, which a thread has that outlives its check."""
+        raw.barred = True
+        if raw is self._raw:
+            self._raw = Raw(self.client)
+
     def abandon(self) -> None:
         """Close what is open beside a check that hangs, which makes no request from here on."""
         if self._raw is not None:
