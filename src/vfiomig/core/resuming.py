@@ -57,7 +57,7 @@ class ResumingMigf(Migf):
         Raises:
             DeviceError: the device refuses the state; the session is dead from here on.
         """
-        with self._condition:
+        with self._lock:
             self._ended = True
             if not self._returned:
                 self._wake_locked()
@@ -107,7 +107,7 @@ class ResumingMigf(Migf):
         except BaseException as problem:  # noqa: BLE001 - hook boundary: all others are bugs
             # Without the frames that it was raised through: they hold the device.
             failure = self._refusal(problem, "load").with_traceback(None)
-        with self._condition:
+        with self._lock:
             self._returned = True
             self._failure = failure
             self.dead = self.dead or failure is not None
@@ -128,7 +128,7 @@ class ResumingMigf(Migf):
 
     def fill(self, view: memoryview) -> int:
         """Serve ``readinto``: fill ``view``, fewer bytes only at the end of the stream."""
-        with self._condition:
+        with self._lock:
             for transfer in self._in_progress_locked():
                 transfer.finish(transfer.size)
             self._wanted = view

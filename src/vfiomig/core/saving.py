@@ -90,7 +90,7 @@ class SavingMigf(Migf):
 
         Without ``rest`` the one source goes on, and its end is the permanent one.
         """
-        with self._condition:
+        with self._lock:
             self._stop_copy = True
             if rest is not None:
                 self._sources.append(rest)
@@ -103,7 +103,7 @@ class SavingMigf(Migf):
 
     def data_ready(self) -> None:
         """Note that the device has more pre-copy data: pollers wake."""
-        with self._condition:
+        with self._lock:
             if self._position is Position.TEMPORARY_END:
                 self._position = Position.MORE
                 self._end_due = False
@@ -111,13 +111,13 @@ class SavingMigf(Migf):
 
     def end(self) -> None:
         super().end()
-        with self._condition:
+        with self._lock:
             self._view = EMPTY  # a device cannot resize what is still held
 
     def look(self) -> None:
         """Have the next buffer at hand if there is one, as a read of it would."""
         looked = threading.Event()
-        with self._condition:
+        with self._lock:
             if self.dead or self._view or self._failure is not None:
                 return
             self._enqueue_locked(Peek(looked.set))
@@ -125,7 +125,7 @@ class SavingMigf(Migf):
 
     def account(self, rest: PrecopyInfo, *, reinit_heard: bool) -> PrecopyInfo:
         """Add what is at hand to ``rest``, what the device will yet yield."""
-        with self._condition:
+        with self._lock:
             reinit = rest.reinit and reinit_heard
             self._initial = self._initial or reinit
             initial, dirty = rest.initial_bytes, rest.dirty_bytes
@@ -185,7 +185,7 @@ class SavingMigf(Migf):
     def _run(self) -> None:
         while (transfer := self._next_transfer()) is not None:
             result = self._serve(transfer)
-            with self._condition:
+            with self._lock:
                 if self._active is transfer:
                     self._active = None
                     transfer.finish(result)
@@ -193,14 +193,14 @@ class SavingMigf(Migf):
             self._changed()
             if fatal:
                 self._on_fatal(self)
-        with self._condition:
+        with self._lock:
             self._refuse_waiting_locked()  # a failure may have ended the session, not end()
             self._view = EMPTY
         self._changed()
         self._close_sources()
 
     def _next_transfer(self) -> Transfer | None:
-        with self._condition:
+        with self._lock:
             self._condition.wait_for(lambda: self.dead or self._queue)
             if self.dead:
                 return None
@@ -212,7 +212,7 @@ class SavingMigf(Migf):
         """Carry one transfer out as far as the stream goes now."""
         done, more = 0, True
         while True:
-            with self._condition:
+            with self._lock:
                 if self._active is not transfer:
                     return done  # it has its answer: the session is over, or it was taken back
                 if self._view and done < transfer.size:
@@ -243,7 +243,7 @@ class SavingMigf(Migf):
 
     def _advance(self) -> bool:
         """Run the author's code for the next buffer; ``False`` at an end or after a failure."""
-        with self._condition:
+        with self._lock:
             precopy = self._precopy
             source = self._source if precopy is None else precopy
             if self._failure is not None:
@@ -254,20 +254,20 @@ class SavingMigf(Migf):
             return self._source_ended(precopy)
         except BaseException as problem:  # noqa: BLE001 - hook boundary: all others are bugs
             refusal = self._refusal(problem, "save" if precopy is None else "precopy")
-            with self._condition:
+            with self._lock:
                 self._failure = refusal
                 self._fatal = refusal.fatal
             return False
         if not view:
             return precopy is None or self._source_ended(precopy, empty=True)
-        with self._condition:
+        with self._lock:
             self._view = view
             self._position = Position.MORE
             self._end_due = False
         return True
 
     def _source_ended(self, precopy: Iterator[Buffer] | None, *, empty: bool = False) -> bool:
-        with self._condition:
+        with self._lock:
             if precopy is None:
                 self._position = Position.PERMANENT_END
                 return False

@@ -10,7 +10,7 @@ session's thread. When the session ends, every waiting transfer is answered with
 whatever the author's code is doing: that is how a blocked reader wakes.
 
 ``finish`` is called exactly once for each transfer, by whichever thread gets there, under
-``_condition``; it must not call back into the session. Bytes are moved under that lock as well,
+``_lock``; it must not call back into the session. Bytes are moved under that lock as well,
 so that nothing is written into a caller's buffer after the caller was told that it is over.
 """
 
@@ -86,6 +86,7 @@ class Migf(ABC):
         self.moved = 0  # bytes, for accounts
         self._on_fatal = on_fatal
         self._lock = threading.Lock()
+        # To wait and to wake; what is held is the lock, which Ctrl-C cannot come into.
         self._condition = threading.Condition(self._lock)
         self._queue: deque[Transfer] = deque()
         self._thread: threading.Thread | None = None
@@ -117,7 +118,7 @@ class Migf(ABC):
 
         ``False`` if it has its answer already, or its bytes are with the author's code.
         """
-        with self._condition:
+        with self._lock:
             moved = self._give_up_locked(transfer)
             if moved is None:
                 return False
@@ -126,7 +127,7 @@ class Migf(ABC):
 
     def end(self) -> None:
         """End the session: waiting and later transfers get ENODEV. Safe to call twice."""
-        with self._condition:
+        with self._lock:
             self.dead = True
             self._refuse_waiting_locked()
             self._condition.notify_all()
