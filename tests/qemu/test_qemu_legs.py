@@ -42,6 +42,8 @@ WORK = {
 LAST_LINES = "; ".join(f"tail -n 1 {name}" for name in WORK)
 #: Bytes that have to come back from a new machine before the next leg.
 STREAMED = 200
+#: Slow enough that QEMU looks several times which memory has changed, as on a loaded machine.
+SLOW = {"max-bandwidth": 24 << 20}
 CAPS = ("all", "stop-copy+p2p")
 #: Who tells which memory the devices have written: they themselves, or the IOMMU.
 TRACKERS = ("", ",x-device-dirty-page-tracking=off")
@@ -105,7 +107,11 @@ def test_twenty_migrations_lose_no_byte_and_no_block(machines: Machines, tmp_pat
         for leg in range(1, LEGS + 1):
             target = stack.enter_context(machines.start(leg))
             migrate(
-                guest.qmp, target.qmp, f"unix:{tmp_path}/link", capabilities={"return-path": True}
+                guest.qmp,
+                target.qmp,
+                f"unix:{tmp_path}/link",
+                capabilities={"return-path": True},
+                parameters=SLOW,
             )
             guest.kill()
             guest.close()
