@@ -353,7 +353,8 @@ def test_a_write_that_waits_holds_nothing_up(waiting: Waiting) -> None:
         assert expect(client, number).errno == 0
 
 
-def test_a_short_write_that_waits_is_not_changed_by_what_comes_after_it() -> None:
+@pytest.mark.parametrize("count", [1, data_module.PENDING])
+def test_a_short_write_that_waits_is_not_changed_by_what_comes_after_it(count: int) -> None:
     begun, go = threading.Event(), threading.Event()
 
     class Slow(Pieces):
@@ -365,14 +366,32 @@ def test_a_short_write_that_waits_is_not_changed_by_what_comes_after_it() -> Non
     device = Slow()
     with client_of(device) as client:
         assert client.set_state(RESUMING) == 0
-        number = give(client, b"short")
+        numbers = [give(client, b"short") for _ in range(count)]
         assert begun.wait(SECONDS)
         for _ in range(2):  # the second one comes after the first was answered, so by itself
             client.good(GET_INFO, struct.pack("<4I", 16, *(3 * [0xFFFFFFFF])))
         go.set()
-        assert expect(client, number).errno == 0
+        assert [expect(client, number).errno for number in numbers] == [0] * count
         assert client.set_state(STOP) == 0
-    assert device.loaded == b"short"
+    assert device.loaded == b"short" * count
+
+
+def test_short_writes_beyond_those_that_may_wait_are_loaded_as_they_were_sent() -> None:
+    go = threading.Event()
+
+    class Slow(Pieces):
+        def load(self, state: StateReader) -> None:
+            assert go.wait(SECONDS)
+            super().load(state)
+
+    device, pieces = Slow(), [bytes([number]) * 50 for number in range(data_module.PENDING + 4)]
+    with client_of(device) as client:
+        assert client.set_state(RESUMING) == 0
+        numbers = [give(client, piece) for piece in pieces]
+        go.set()
+        assert [expect(client, number).errno for number in numbers] == [0] * len(pieces)
+        assert client.set_state(STOP) == 0
+    assert device.loaded == b"".join(pieces)
 
 
 def test_a_reset_wakes_the_writes_that_wait(waiting: Waiting) -> None:
