@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from mutants.bench import (
     KNOWN,
     PROBE,
     SET,
+    SET_STATE,
     Payload,
     end,
     look,
@@ -96,6 +98,17 @@ def the_bytes_beyond_are_cleared(bench: Bench) -> None:
 @mutant("FEATURE-11", "discovery.a-larger-argsz-is-accepted", others=1)
 def a_larger_argsz_is_refused(bench: Bench) -> None:
     bench.answer(lambda asked: asked.flags == GET_FLAGS and asked.argsz > 16, errno.E2BIG)
+
+
+@mutant("FEATURE-8", "discovery.a-probe-changes-nothing")
+def a_probe_of_a_set_sets(bench: Bench) -> None:
+    def tamper(call: Call, on: int, number: int, argument: UapiStruct) -> int:
+        asked = look(number, argument)
+        if asked == (16, PROBE | SET_STATE) and readable(argument, 16):
+            bench.migration.set_state(Payload(ctypes.addressof(argument)).get(0))
+        return call(on, number, argument)
+
+    bench.ioctl(tamper)
 
 
 @mutant("FEATURE-12", "discovery.the-header-is-never-written")

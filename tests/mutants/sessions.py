@@ -126,6 +126,24 @@ def a_state_is_delivered_once(bench: Bench) -> None:
     bench.device = Once
 
 
+@mutant("SESSION-1", "sessions.a-second-session-is-as-good-as-the-first")
+def a_state_is_taken_once(bench: Bench) -> None:
+    class Once(Drilled):
+        taken = False
+
+        def load(self, state: StateReader) -> None:
+            if self.taken:
+                raise StateRejected("one is enough")
+            super().load(state)
+            self.taken = True
+
+        def reset(self) -> None:
+            super().reset()
+            self.taken = False
+
+    bench.device = Once
+
+
 @mutant("SESSION-12", "sessions.where-a-read-ends-means-nothing")
 def a_small_read_loses_the_rest_of_a_message(bench: Bench) -> None:
     original = SavingMigf._copy_locked

@@ -369,6 +369,17 @@ def a_cancelled_pre_copy_counts_as_sent(bench: Bench) -> None:
     bench.device = Tracking
 
 
+@mutant("USER-8", "precopy.after-cancelling-it-begins-anew")
+def a_cancelled_pre_copy_counts_as_sent_in_stop_copy(bench: Bench) -> None:
+    class Tracking(Drilled):
+        def step(self, origin: State, target: State) -> None:
+            opens = target in PRE_COPY_GROUP and origin not in PRE_COPY_GROUP
+            if opens or origin is State.STOP_COPY:
+                self._begin()
+
+    bench.device = Tracking
+
+
 @mutant("PRECOPY-1", "precopy.it-begins-with-initial-bytes", others=1)
 def there_are_no_initial_bytes(bench: Bench) -> None:
     class Bare(Drilled):

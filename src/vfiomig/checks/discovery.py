@@ -238,6 +238,16 @@ def a_probe_touches_no_payload(subject: Subject) -> None:
                 )
 
 
+@CHAPTER.check("FEATURE-8", dialects=LANDED)
+def a_probe_changes_nothing(subject: Subject) -> None:
+    """A PROBE of SET of the state leaves the device where it is, whatever stands behind the header."""
+    flags = PROBE | SET | STATE
+    subject.evidence.step(f"{flags_text(flags)}, to STOP")
+    answer = subject.raw.feature(flags, bytes(vfio.MigState(device_state=State.STOP, data_fd=-1)))
+    subject.evidence.expect_errno(flags_text(flags), answer.errno, 0)
+    subject.expect_state(State.RUNNING)
+
+
 @CHAPTER.check("FEATURE-9", shows=Shows.ALL_REQUESTS)
 def a_request_without_an_operation_is_refused(subject: Subject) -> None:
     """Without GET, SET and PROBE a request is EINVAL."""

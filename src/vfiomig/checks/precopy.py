@@ -175,11 +175,13 @@ def cancelling_ends_the_session(subject: Subject) -> None:
 
 @CHAPTER.check("ARC-9", "SESSION-1", "USER-8")
 def after_cancelling_it_begins_anew(subject: Subject) -> None:
-    """A pre-copy after one that was given up delivers a whole state."""
-    first = subject.session(State.PRE_COPY)
-    subject.precopy_end(first, subject.new_stream(kept=False))
-    subject.go(State.RUNNING)
-    _load_rest(subject, subject.session(State.PRE_COPY), subject.new_stream())
+    """A session after a pre-copy that was given up delivers a whole state, with pre-copy or not."""
+    for state in (State.PRE_COPY, State.STOP_COPY):
+        subject.begin()
+        subject.precopy_end(subject.session(State.PRE_COPY), subject.new_stream(kept=False))
+        subject.go(State.RUNNING)
+        _load_rest(subject, subject.session(state), subject.new_stream())
+        subject.close_all()
 
 
 # The numbers.

@@ -266,15 +266,18 @@ def a_closed_data_fd_does_not_come_back(subject: Subject) -> None:
 
 @CHAPTER.check("SESSION-1", "SESSION-3")
 def a_second_session_is_as_good_as_the_first(subject: Subject) -> None:
-    """Sessions can be opened one after the other, and each delivers the state."""
+    """Sessions can be opened one after the other, and each delivers the state, or takes it."""
     lengths = []
     for _ in range(3):
-        lengths.append(len(subject.drain(subject.session(State.STOP_COPY))))
+        state = subject.drain(subject.session(State.STOP_COPY))
+        lengths.append(len(state))
         subject.go(State.STOP)
     shown = ", ".join(map(str, lengths))
     subject.evidence.expect_that(
         "bytes of three sessions", all(lengths) or not any(lengths), "a state each time", shown
     )
+    for time in ("first", "second") if state else ():
+        subject.expect_taken(state, f"its own state, the {time} time")
 
 
 @CHAPTER.check("SESSION-8", shows=Shows.DESCRIPTORS)
