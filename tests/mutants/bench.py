@@ -26,6 +26,7 @@ from vfiomig.abi.ioctls import Dialect
 from vfiomig.client.connecting import connect
 from vfiomig.client.local import LocalTransport
 from vfiomig.core.migration import Migration, Outcome
+from vfiomig.core.saving import SavingMigf
 from vfiomig.core.transfer import Migf
 from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.fsm import ARCS, SessionKind, path
@@ -319,6 +320,13 @@ def waits_at_the_end(event: threading.Event) -> Call:
         return count
 
     return read
+
+
+def skip_byte(bench: Bench) -> None:
+    """Drop a byte of a saving session of which some were read."""
+    migf = bench.migration._migf
+    if isinstance(migf, SavingMigf) and migf.moved:
+        migf._view = migf._view[1:]
 
 
 def spoiled(when: list[int]) -> type[Drilled]:

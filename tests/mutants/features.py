@@ -22,6 +22,7 @@ from mutants.bench import (
     mutant,
     outcome,
     readable,
+    skip_byte,
     v6_mutant,
 )
 from vfiomig import Capability, State
@@ -109,6 +110,21 @@ def a_probe_of_a_set_sets(bench: Bench) -> None:
         return call(on, number, argument)
 
     bench.ioctl(tamper)
+
+
+@mutant("FEATURE-11", "discovery.a-larger-argsz-is-accepted")
+def the_state_is_set_in_16_bytes_alone(bench: Bench) -> None:
+    bench.answer(lambda asked: asked.flags == SET_STATE and asked.argsz > 16, errno.EINVAL)
+
+
+@mutant("SIZE-2", "size.asking-takes-nothing-from-a-stream")
+def a_size_is_what_is_left_and_skips_it(bench: Bench) -> None:
+    bench.afterwards(lambda asked: asked.flags == DATA_SIZE, lambda *_: skip_byte(bench))
+
+
+@mutant("NEXT-6", "combinations.asking-for-the-current-state-moves-no-byte")
+def a_query_skips_bytes(bench: Bench) -> None:
+    bench.afterwards(lambda asked: asked.flags == GET_STATE, lambda *_: skip_byte(bench))
 
 
 @mutant("FEATURE-12", "discovery.the-header-is-never-written")
@@ -222,7 +238,7 @@ def a_device_is_opened_in_stop(bench: Bench) -> None:
 # Estimates.
 
 
-@mutant("SIZE-2", "size.it-can-be-asked-in-every-state", others=1)
+@mutant("SIZE-2", "size.it-can-be-asked-in-every-state", others=2)
 def the_size_is_not_told_while_copying(bench: Bench) -> None:
     original = Migration.state_size
 

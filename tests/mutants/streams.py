@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from devices.drilled import Drilled
-from mutants.bench import LENGTH, RESET, end, mutant, readable, served_as
+from mutants.bench import LENGTH, RESET, end, mutant, readable, served_as, skip_byte
 from vfiomig import DeviceError, PrecopyInfo, State, StateReader
 from vfiomig.abi import vfio
 from vfiomig.core import precopy
@@ -457,6 +457,22 @@ def info_answers(when: Callable[[vfio.PrecopyInfo], bool], result: int) -> Call:
 @mutant("INFO-5", "precopy.outside-pre-copy-it-is-einval", others=1)
 def the_info_is_told_in_every_state(bench: Bench) -> None:
     bench.ioctl(info_answers(lambda argument: bench.migration._state not in PRE_COPY_GROUP, 0))
+
+
+@mutant("INFO-5", "precopy.the-numbers-are-told-in-pre-copy-p2p")
+def the_info_is_told_in_pre_copy_alone(bench: Bench) -> None:
+    bench.ioctl(
+        info_answers(lambda argument: bench.migration._state is State.PRE_COPY_P2P, errno.EINVAL)
+    )
+
+
+@mutant("SESSION-2", "precopy.a-stream-left-in-the-middle-goes-on")
+def the_info_skips_bytes(bench: Bench) -> None:
+    def skip(_: vfio.PrecopyInfo) -> bool:
+        skip_byte(bench)
+        return False
+
+    bench.ioctl(info_answers(skip, 0))
 
 
 @mutant("INFO-9", "precopy.the-state-comes-before-the-session")

@@ -53,7 +53,7 @@ def test_a_bad_device_is_an_assertion_with_the_evidence(
 
 def test_a_target_is_checked_like_a_device() -> None:
     report = check_device(target_maker("model:counter"), only=["size"], skip=["size.it-is-*"])
-    assert report.summary[Verdict.PASS] == 3
+    assert report.summary[Verdict.PASS] == 4
 
 
 PYTEST = (sys.executable, "-m", "pytest", "-p", "vfiomig_pytest", "-p", "no:cacheprovider")

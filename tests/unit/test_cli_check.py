@@ -127,7 +127,7 @@ def test_reports_are_written_beside_what_is_printed(
     assert check("model:counter", "--only", "size", "--junit", junit, "--html", html) == 0
     assert capsys.readouterr().out
     (suite,) = ET.parse(junit).getroot()
-    assert suite.get("tests") == "4"
+    assert suite.get("tests") == "5"
     assert "model:counter" in html.read_text()
 
 
@@ -168,7 +168,7 @@ def test_checks_are_told_to_machines_too(
     assert one["rule"].startswith("The length is below 2^63")
     assert "docs/protocol.md, SIZE-1, FAULT-20" in one["clause"]
     assert "devices with feature 9" in one["only_for"]
-    assert len(told) == (4 if "--list" in options else 1)
+    assert len(told) == (5 if "--list" in options else 1)
 
 
 def test_a_check_is_explained(capsys: pytest.CaptureFixture[str]) -> None:

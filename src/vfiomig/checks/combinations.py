@@ -74,13 +74,17 @@ def the_data_fd_of_a_request_is_ignored(subject: Subject) -> None:
 
 @CHAPTER.check("NEXT-6")
 def asking_for_the_current_state_moves_no_byte(subject: Subject) -> None:
-    """A request for the state that a session is open in leaves the stream where it was."""
+    """A request for the state that a session is open in leaves the stream where it was.
+
+    So does a query of the state.
+    """
     state = subject.stopped_state()
     data_fd = subject.session(State.STOP_COPY)
     _, first = subject.read(data_fd, max(1, min(32, len(state) // 2)))
     reply = subject.request(State.STOP_COPY)
     subject.evidence.expect_errno("STOP_COPY again", reply.errno, 0)
     subject.evidence.expect("data_fd of STOP_COPY again", reply.data_fd, -1)
+    subject.expect_state(State.STOP_COPY)
     _, then = subject.read(data_fd, 32)
     subject.expect_start_of(state, "the stream around the request", first, then)
 

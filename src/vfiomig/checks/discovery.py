@@ -272,7 +272,10 @@ def argsz_covers_the_payload(subject: Subject) -> None:
 
 @CHAPTER.check("FEATURE-11")
 def a_larger_argsz_is_accepted(subject: Subject) -> None:
-    """An argsz beyond the payload is accepted, and the bytes beyond stay as they are."""
+    """An argsz beyond the payload is accepted, and the bytes beyond stay as they are.
+
+    So it is for a GET, and for a SET of the state.
+    """
     for argsz in (17, 64, 0xFFFF_FFFF):
         subject.evidence.step(f"GET of MIGRATION, argsz {argsz}")
         answer = subject.raw.feature(GET | MIGRATION, bytes(8) + b"\xa5" * 48, argsz)
@@ -280,6 +283,11 @@ def a_larger_argsz_is_accepted(subject: Subject) -> None:
         subject.evidence.expect(
             "the bytes beyond the payload", answer.payload[8:], b"\xa5" * 48, show=bytes.hex
         )
+    if not subject.is_v6:
+        stop = bytes(vfio.MigState(device_state=State.STOP, data_fd=-1))
+        subject.evidence.step("SET STOP, argsz 24")
+        answer = subject.raw.feature(SET | STATE, stop + bytes(8))
+        subject.evidence.expect_errno("SET STOP, argsz 24", answer.errno, 0)
 
 
 @CHAPTER.check("FEATURE-12")

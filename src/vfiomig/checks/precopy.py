@@ -129,12 +129,17 @@ def what_was_not_read_early_comes_later(subject: Subject) -> None:
 
 @CHAPTER.check("SAVE-4", "SESSION-2")
 def a_stream_left_in_the_middle_goes_on(subject: Subject) -> None:
-    """A few bytes read in PRE_COPY, the rest in STOP_COPY: nothing is lost or told twice."""
+    """A few bytes read in PRE_COPY, the rest in STOP_COPY: nothing is lost or told twice.
+
+    Nor is it when the numbers are asked for in between.
+    """
     data_fd = subject.session(State.PRE_COPY)
     stream = subject.new_stream()
     subject.evidence.step("read 3")
     if stream.take(lambda room: subject.raw.read(data_fd, room[:3])) <= 0:
         raise Inapplicable("the device offers nothing in PRE_COPY")
+    if Shows.ALL_REQUESTS in subject.facts.shows:
+        info(subject, data_fd)
     _load_rest(subject, data_fd, stream)
 
 
@@ -279,6 +284,18 @@ def an_argument_in_bad_memory_is_efault(subject: Subject) -> None:
         subject.evidence.step(what)
         result = subject.raw.ioctl(data_fd, NUMBER, vfio.PrecopyInfo.from_address(address))
         subject.evidence.expect_errno(what, result, errno.EFAULT)
+
+
+@CHAPTER.check(
+    "INFO-5", shows=Shows.ALL_REQUESTS, needs=Capability.PRE_COPY | Capability.P2P
+)  # fmt: skip
+def the_numbers_are_told_in_pre_copy_p2p(subject: Subject) -> None:
+    """In PRE_COPY_P2P the request succeeds as in PRE_COPY, however that was reached."""
+    data_fd = subject.session(State.PRE_COPY)
+    subject.go(State.PRE_COPY_P2P)
+    good_info(subject, data_fd)
+    subject.go(State.RUNNING_P2P)
+    good_info(subject, subject.session(State.PRE_COPY_P2P))
 
 
 @CHAPTER.check("INFO-5", shows=Shows.ALL_REQUESTS)

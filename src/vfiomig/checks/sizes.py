@@ -45,6 +45,17 @@ def it_can_be_asked_in_every_state(subject: Subject) -> None:
         subject.close_all()
 
 
+@CHAPTER.check("SIZE-2")
+def asking_takes_nothing_from_a_stream(subject: Subject) -> None:
+    """GET of MIG_DATA_SIZE in the middle of a session leaves the stream where it was."""
+    state = subject.stopped_state()
+    data_fd = subject.session(State.STOP_COPY)
+    _, first = subject.read(data_fd, max(1, min(32, len(state) // 2)))
+    ask(subject, "in STOP_COPY")
+    _, then = subject.read(data_fd, 32)
+    subject.expect_start_of(state, "the stream around the request", first, then)
+
+
 @CHAPTER.check("SIZE-1", "FAULT-20")
 def it_is_no_errno(subject: Subject) -> None:
     """The length is below 2^63: one driver lets a negative errno through as a huge number."""
