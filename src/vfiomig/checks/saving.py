@@ -101,7 +101,10 @@ def what_was_saved_can_be_loaded(subject: Subject) -> None:
 
 @CHAPTER.check("LOAD-1", "STATE-4")
 def what_was_loaded_is_saved_again(subject: Subject) -> None:
-    """Saved, loaded after a reset, and saved again, the state is the same."""
+    """Saved, loaded after a reset, and saved again, the state is the same.
+
+    It proves little of a device that a reset leaves in that very state: only its author has others.
+    """
     before = subject.stopped_state()
     subject.reset()
     data_fd = subject.session(State.RESUMING)
