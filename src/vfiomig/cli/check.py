@@ -7,7 +7,7 @@ import logging
 import signal
 from contextlib import contextmanager
 from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation at run time
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -15,6 +15,7 @@ from vfiomig.abi.ioctls import Dialect  # noqa: TC001 - likewise
 from vfiomig.checks import DEADLINE, Suite, choose, find
 from vfiomig.checks.rules import rules
 from vfiomig.cli.check_table import Progress, explain_check, explain_rule, list_checks, show
+from vfiomig.cli.signals import ENDING, handled_by
 from vfiomig.cli.targets import named
 from vfiomig.client import target_maker
 from vfiomig.errors import PrerequisiteError, SpecError
@@ -32,8 +33,6 @@ __all__ = ("check",)
 FLAG = Parameter(negative=(), show_default=False)
 UNSET = Parameter(show_default=False)
 PATTERNS = Parameter(negative=(), show_default=False)
-#: How others than the user at the terminal end a program.
-ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 
 
 def check(
@@ -107,7 +106,7 @@ def check(
 
 def _tell(explain: str, checks: Sequence[Check], *, json: bool) -> None:
     """Tell about a check or a rule, about ``checks`` if none is named."""
-    rule = rules().get(explain)
+    rule = rules().get(explain) if explain else None
     if explain and not rule:
         checks = [find(explain)]
     if json:
@@ -135,15 +134,11 @@ def _interruptible() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     ours = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
-    for number in ours:  # and no other: what is ignored stays ignored
-        signal.signal(number, interrupt)
-    try:
-        yield came
-    except KeyboardInterrupt:
-        raise SystemExit(128 + (came or [signal.SIGINT])[0]) from None
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+    with handled_by(interrupt, ours):  # and no other: what is ignored stays ignored
+        try:
+            yield came
+        except KeyboardInterrupt:
+            raise SystemExit(128 + (came or [signal.SIGINT])[0]) from None
 
 
 def _exit_code(report: Report, interrupt: int = signal.SIGINT) -> int:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from vfiomig.cli.demo_table import Bar
 from vfiomig.cli.qemu_demo_account import DESTINATION, SOURCE, Account
 from vfiomig.cli.qemu_demo_table import Stages, as_data, show
+from vfiomig.cli.signals import ENDING, handled_by
 from vfiomig.descriptors import Fd
 from vfiomig.errors import GuestEnded, GuestError, GuestTimeout, PrerequisiteError, SpecError
 from vfiomig.fsm import State
@@ -69,7 +70,6 @@ PATIENCE_S: Final = 60.0
 #: sockaddr_un has room for so many bytes, and a zero behind them.
 SOCKET_PATH: Final = 107
 PIPE_READ: Final = 1 << 16
-ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 #: A program that was killed takes its supervisor along in a moment.
 END_S: Final = 3.0
 
@@ -335,15 +335,12 @@ def _unwinding_signals() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)  # the first one is enough
         raise _Told(number)
 
-    before = {number: signal.signal(number, unwind) for number in ENDING}
     told = 0
-    try:
-        yield
-    except _Told as ending:
-        told = ending.number
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handled_by(unwind, ENDING):
+        try:
+            yield
+        except _Told as ending:
+            told = ending.number
     if told:
         signal.raise_signal(told)
         raise KeyboardInterrupt  # somebody ignores it; what it was told to do is gone

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from vfiomig.cli.signals import handled_by
 from vfiomig.core.vfio_device import VfioDevice
 from vfiomig.doors.tracing import open_trace
 from vfiomig.doors.vfio_user import Server
@@ -108,8 +109,5 @@ def _ended_by_sigterm() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         raise SystemExit(128 + number)
 
-    former = signal.signal(signal.SIGTERM, end)
-    try:
+    with handled_by(end, (signal.SIGTERM,)):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
