@@ -11,10 +11,9 @@ while a request is on its way: it is never woken for what is not its own.
 
 A wait may be given up, by Ctrl-C say: the reply is dropped when it comes, and nothing is written
 into a buffer whose owner has gone. Wherever in a request Ctrl-C comes, nobody is left waiting for
-it. The connection as a whole is given up, once and for ever, when
-the server breaks the protocol, does not answer in time or goes away, and when a thread is
-interrupted just while bytes move, since nobody knows then where in the stream it is. Every call
-fails from there on, with the reason.
+it. The connection as a whole is given up, once and for ever, when the server breaks the protocol,
+does not answer in time or goes away, and when a thread is interrupted just while bytes move, since
+nobody knows then where in the stream it is. Every call fails from there on, with the reason.
 """
 
 from __future__ import annotations

@@ -115,12 +115,7 @@ class PathCalls:
             except MemoryRefused as problem:
                 self._door.say_once(str(problem))
                 return CARRY_ON
-            if named:
-                path = self._resolve(call, directory, named)
-            elif named is not None and directory is not None and _names_descriptor(call):
-                path = self._path_of(call.tid, call.args[directory])
-            else:
-                path = None
+            path = None if named is None else self._meant(call, directory, named)
             if named is None or path is None:
                 return CARRY_ON
             if turn.line is not None:
@@ -130,6 +125,14 @@ class PathCalls:
             return action(call, turn, path)
 
         return handle
+
+    def _meant(self, call: Notification, directory: int | None, named: str) -> str | None:
+        """Return the path of ours that is meant: by a name, or by the descriptor without one."""
+        if named:
+            return self._resolve(call, directory, named)
+        if directory is not None and _names_descriptor(call):
+            return self._path_of(call.tid, call.args[directory])
+        return None
 
     def _resolve(self, call: Notification, directory: int | None, named: str) -> str | None:
         """Return the path of ours that a name leads to; ``None`` if it leads elsewhere."""

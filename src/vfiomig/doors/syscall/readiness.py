@@ -14,8 +14,9 @@ resuming, over        our end is shut                     OUT and ERR
 ====================  ==================================  ===========================
 
 The door answers the program's reads itself; only one that does not stop here, through a copy that
-the fast filter does not know or in a process without a filter, can take the byte away. With our end shut nobody
-tells us of the program's close, so a pipe whose session is over carries a mark (opened.py).
+the fast filter does not know or in a process without a filter, can take the byte away. With our end
+shut nobody tells us of the program's close, so a pipe whose session is over carries a mark
+(opened.py).
 """
 
 from __future__ import annotations
