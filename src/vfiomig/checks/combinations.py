@@ -80,7 +80,7 @@ def asking_for_the_current_state_moves_no_byte(subject: Subject) -> None:
     """
     state = subject.stopped_state()
     data_fd = subject.session(State.STOP_COPY)
-    _, first = subject.read(data_fd, max(1, min(32, len(state) // 2)))
+    first = subject.read_some(data_fd, state)
     reply = subject.request(State.STOP_COPY)
     subject.evidence.expect_errno("STOP_COPY again", reply.errno, 0)
     subject.evidence.expect("data_fd of STOP_COPY again", reply.data_fd, -1)
@@ -94,7 +94,7 @@ def a_refused_request_leaves_the_stream_alone(subject: Subject) -> None:
     """Targets that are refused in STOP_COPY take nothing from the stream."""
     state = subject.stopped_state()
     data_fd = subject.session(State.STOP_COPY)
-    _, first = subject.read(data_fd, max(1, min(32, len(state) // 2)))
+    first = subject.read_some(data_fd, state)
     for target in (State.ERROR, 8, 0xFFFF_FFFF):
         reply = subject.request(target)
         subject.evidence.expect_errno(f"STOP_COPY -> {target:#x}", reply.errno, errno.EINVAL)

@@ -286,9 +286,7 @@ def an_argument_in_bad_memory_is_efault(subject: Subject) -> None:
         subject.evidence.expect_errno(what, result, errno.EFAULT)
 
 
-@CHAPTER.check(
-    "INFO-5", shows=Shows.ALL_REQUESTS, needs=Capability.PRE_COPY | Capability.P2P
-)  # fmt: skip
+@CHAPTER.check("INFO-5", shows=Shows.ALL_REQUESTS, needs=Capability.PRE_COPY | Capability.P2P)
 def the_numbers_are_told_in_pre_copy_p2p(subject: Subject) -> None:
     """In PRE_COPY_P2P the request succeeds as in PRE_COPY, however that was reached."""
     data_fd = subject.session(State.PRE_COPY)
