@@ -7,6 +7,7 @@ import pty
 import select
 import signal
 import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -271,6 +272,30 @@ def read_until(terminal: int, text: bytes) -> bytes:
         assert select.select([terminal], [], [], deadline - time.monotonic())[0], seen
         seen += os.read(terminal, 1000)
     return seen
+
+
+EARLY = """
+import signal
+from vfiomig.core.vfio_device import VfioDevice
+from vfiomig.doors.syscall.door import Door
+from vfiomig.doors.syscall.run import run
+from vfiomig.models import make
+
+start = Door.start
+
+def start_and_interrupt(self, listener):
+    start(self, listener)
+    signal.raise_signal(signal.SIGINT)
+
+Door.start = start_and_interrupt
+raise SystemExit(run([VfioDevice(make("counter"), "vfio0")], ["sh", "-c", "exit 4"]))
+"""
+
+
+def test_ctrl_c_as_soon_as_the_program_runs_does_not_end_its_supervisor() -> None:
+    command = [sys.executable, "-c", EARLY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (4, "")
 
 
 @pytest.mark.parametrize(

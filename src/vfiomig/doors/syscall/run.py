@@ -64,8 +64,8 @@ def run(
                 keep_open=[fd.fileno() for fd in kept],
             )
         with program:
-            door.start(program.listener)
-            with relaying_signals(program):
+            with relaying_signals(program):  # before it can have told anybody that it runs
+                door.start(program.listener)
                 exit_code = program.wait()
             program.wait_for_descendants()
     door.check()
